@@ -2,3 +2,10 @@
 if (location.protocol === "file:" && window.DOCUMENTATION_OPTIONS) {
   DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
 }
+
+// Captions are paragraphs that begin with an emphasised "Figure:"; mark them so that they can be styled.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const first of document.querySelectorAll(".bd-article p > em:first-child")) {
+    if (first.textContent.startsWith("Figure:")) first.parentElement.classList.add("fb-caption");
+  }
+});

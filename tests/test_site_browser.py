@@ -1,0 +1,136 @@
+"""The built book in a real browser, without a network: every page, over http and from files."""
+
+import io
+
+import pytest
+from conftest import CHAPTERS, PAGES
+from PIL import Image, ImageStat
+
+pytestmark = pytest.mark.timeout(120)
+PLOTS = "div.js-plotly-plot, div.plotly-graph-div"
+
+
+@pytest.mark.parametrize("over", ["http", "file"])
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_healthy(open_page, name, over):
+    page = open_page(name, over)
+    assert page.wrong == []
+    assert page.locator("h1").first.inner_text().strip()
+    assert "#|" not in page.locator("main").inner_text(), "an nbdev directive is shown"
+    blank = page.eval_on_selector_all("img", "imgs => imgs.filter(i => !(i.alt || '').trim()).map(i => i.outerHTML.slice(0, 200))")
+    assert blank == [], "images without a description"
+    broken = page.eval_on_selector_all("img", "imgs => imgs.filter(i => i.loading !== 'lazy' && i.complete && !i.naturalWidth).map(i => i.src)")
+    assert broken == []
+    formulas, typeset = page.locator("main .math").count(), page.locator("main mjx-container").count()
+    assert (typeset > 0) == (formulas > 0) and page.locator("mjx-merror").count() == 0
+    assert page.locator(PLOTS).count() == page.locator(f":is({PLOTS}):has(.main-svg)").count(), "a plotly figure was not drawn"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_fits_a_phone(open_page, name):
+    page = open_page(name, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 392
+    wide = """() => [...document.querySelectorAll('main *')].filter(e => {
+        const box = e.getBoundingClientRect();
+        if (box.width === 0 || box.right <= 394) return false;
+        for (let p = e; p; p = p.parentElement)
+            if (['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(p).overflowX)) return false;
+        return true;
+    }).map(e => e.outerHTML.slice(0, 160))"""
+    assert page.evaluate(wide) == [], "wider than the page, and no scroll bar of its own"
+    assert page.wrong == []
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_chapter_has_its_badge_and_its_measurements(open_page, name):
+    page = open_page(name)
+    badge = page.locator("a:has(> img[alt='Open in Colab'])").first
+    assert badge.get_attribute("href").endswith(f"/blob/main/nbs/{name}.ipynb")
+    assert "colab.research.google.com/github/" in badge.get_attribute("href")
+    launch = page.locator(".dropdown-launch-buttons a[href*='colab.research.google.com']").first
+    assert launch.get_attribute("href").endswith(f"/blob/main/nbs/{name}.ipynb")
+    stats = page.locator(".run-stats").first.inner_text()
+    assert "This page ran in" in stats and "MB of memory" in stats and "cores of" in stats
+    assert "google.colab" not in page.locator("main").inner_text(), "the cell for Colab is shown"
+
+
+@pytest.mark.parametrize("over", ["http", "file"])
+def test_search_finds_a_word(open_page, over):
+    page = open_page("search.html?q=fingerprint", over)
+    page.wait_for_selector("#search-results li a")
+    assert any("A1_building" in a.get_attribute("href") for a in page.locator("#search-results li a").all())
+    assert page.wrong == []
+
+
+def test_some_page_shows_mathematics(built_site):
+    assert any('class="math' in (built_site / f"{name}.html").read_text() for name in PAGES)
+
+
+def test_previous_and_next_lead_through_the_book(open_page):
+    page = open_page(PAGES[0])
+    seen = [PAGES[0]]
+    while (following := page.locator(".prev-next-footer a.right-next")).count():
+        page.goto(page.url.rsplit("/", 1)[0] + "/" + following.first.get_attribute("href"))
+        seen.append(page.url.rsplit("/", 1)[1].removesuffix(".html"))
+    assert seen == PAGES
+
+
+def brightness(page, element=None) -> float:
+    shot = (element or page).screenshot()
+    return ImageStat.Stat(Image.open(io.BytesIO(shot)).convert("L")).mean[0]
+
+
+@pytest.mark.parametrize("scheme,low,high", [("light", 200, 256), ("dark", 0, 80)])
+def test_light_and_dark(open_page, scheme, low, high):
+    page = open_page("A1_building", color_scheme=scheme)
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    assert low <= brightness(page) < high
+    assert page.locator(f"img.only-{scheme}").first.is_visible()
+    assert page.wrong == []
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_figures_keep_a_light_ground_in_the_dark(open_page, name):
+    page = open_page(name, color_scheme="dark")
+    grounds = page.eval_on_selector_all("main .cell_output img", "imgs => imgs.map(i => getComputedStyle(i).backgroundColor)")
+    assert set(grounds) <= {"rgb(255, 255, 255)"}
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_players_react(open_page, name):
+    page = open_page(name)
+    for box in page.locator(":has(> .fb-canvas), :has(> * > .fb-canvas)").filter(has=page.locator(".fb-slider")).all():
+        canvas, slider, clock = (box.locator(s).first for s in (".fb-canvas", ".fb-slider", ".fb-time"))
+        canvas.scroll_into_view_if_needed()
+        pixels = "c => c.toDataURL()"
+        before, time_before = canvas.evaluate(pixels), clock.inner_text()
+        slider.evaluate("s => { s.value = (Number(s.min) + Number(s.max)) / 2; s.dispatchEvent(new Event('input', {bubbles: true})); }")
+        page.wait_for_timeout(100)
+        middle, time_middle = canvas.evaluate(pixels), clock.inner_text()
+        assert middle != before and time_middle != time_before
+        box.locator(".fb-play").first.click()
+        page.wait_for_function("([c, old]) => c.toDataURL() !== old", arg=[canvas.element_handle(), middle], timeout=5000)
+        box.locator(".fb-play").first.click()
+    assert page.wrong == []
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_surfaces_turn(open_page, name):
+    page = open_page(name)
+    for plot in page.locator(PLOTS).all():
+        if not plot.evaluate("p => Boolean(p._fullLayout && p._fullLayout.scene)"):
+            continue
+        plot.scroll_into_view_if_needed()
+        box = plot.locator(".gl-container, canvas").first.bounding_box()
+        before = plot.evaluate("p => JSON.stringify(p._fullLayout.scene._scene.getCamera().eye)")
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 60, y + 25, steps=4)
+        page.mouse.up()
+        page.wait_for_timeout(200)
+        assert plot.evaluate("p => JSON.stringify(p._fullLayout.scene._scene.getCamera().eye)") != before
+        picture = Image.open(io.BytesIO(plot.screenshot())).convert("L")
+        assert ImageStat.Stat(picture).stddev[0] > 3, "nothing is drawn"
+    assert page.wrong == []
