@@ -109,12 +109,12 @@ def chapter_environment(
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return dict(os.environ) | threads | ours
 
-# %% ../nbs/A1_building.ipynb #da0a5c6b
+# %% ../nbs/A1_building.ipynb #f8708374
 @dataclass(frozen=True)
 class Execution:
     "What happened when a chapter ran."
     page: str                  # the name of the notebook without .ipynb
-    seconds: float             # wall time, from papermill
+    seconds: float             # wall time, the start of the kernel included
     peak_bytes: int            # the most memory that the kernel and its children held at once
     device: str                # the machine
     preset: str
@@ -172,7 +172,7 @@ def _cells_done(log: Path) -> tuple[int, int]:
     found = re.findall(r"(\d+)/(\d+) \[", log.read_text()[-400:])
     return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
 
-# %% ../nbs/A1_building.ipynb #f4a2370f
+# %% ../nbs/A1_building.ipynb #d4984d63
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}      # cells that papermill adds
 
 def failure(
@@ -183,17 +183,26 @@ def failure(
     "Which cell failed, its source, and the end of its traceback."
     cells = json.loads(executed.read_text())["cells"] if executed.exists() else []
     cells = [c for c in cells if not ADDED & set(c["metadata"].get("tags", []))]
-    last_words = _ANSI.sub("", log).strip().splitlines()[-6:]
-    for number, cell in enumerate(cells, 1):
-        errors = [o for o in cell.get("outputs", []) if o["output_type"] == "error"]
-        if errors or cell["metadata"].get("papermill", {}).get("status") in ("failed", "running"):
-            trace = _ANSI.sub("", "\n".join(errors[0]["traceback"])).splitlines() if errors else last_words
-            source = _shorten("".join(cell["source"]).splitlines(), 12)
-            return "\n".join([f"{notebook.name}, cell {number} of {len(cells)}:", *(f"    | {s}" for s in source),
-                              *(f"    {s}" for s in trace[-6:] if s.strip())])
-    return "\n".join([f"{notebook.name} could not be run:", *(f"    {s}" for s in last_words)])
+    number = _failed_at(cells)
+    if not number: return "\n".join([f"{notebook.name} could not be run:", *_indent(_ANSI.sub("", log), 6)])
+    cell = cells[number - 1]
+    errors = ["\n".join(o["traceback"]) for o in cell["outputs"] if o["output_type"] == "error"]
+    source = _shorten("".join(cell["source"]).splitlines(), 12)
+    return "\n".join([f"{notebook.name}, cell {number} of {len(cells)}:", *(f"    | {s}" for s in source),
+                      *_indent(_ANSI.sub("", errors[0] if errors else log), 6)])
+
+# %% ../nbs/A1_building.ipynb #e2f8a7e8
+def _failed_at(cells: list[dict]) -> int:
+    "The number of the cell with an error, else of the last one that was started, counted from 1; 0 if none was."
+    code = [(number, cell) for number, cell in enumerate(cells, 1) if cell["cell_type"] == "code"]
+    failed = [n for n, cell in code if any(o["output_type"] == "error" for o in cell["outputs"])]
+    started = [n for n, cell in code if cell["metadata"].get("papermill", {}).get("start_time")]
+    return (failed or started[-1:] or [0])[0]
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+def _indent(text: str, most: int) -> list[str]:
+    return [f"    {s}" for s in [s for s in text.splitlines() if s.strip()][-most:]]
 
 def _shorten(lines: list[str], most: int) -> list[str]:
     return lines if len(lines) <= most else lines[: most - 1] + [f"... {len(lines) - most + 1} more lines"]
@@ -312,7 +321,7 @@ def finish_text(
     def link(found): return found[1] if found[2] in absent else found[0]
     return re.sub(r"(?<!!)\[([^\]]*)\]\((\w+)\.(?:ipynb|md)(?:#[\w-]*)?\)", link, text)
 
-# %% ../nbs/A1_building.ipynb #d8c7b9d0
+# %% ../nbs/A1_building.ipynb #0fee42b0
 def finish_page(
     notebook: dict,                    # an executed notebook
     result: Execution | None,          # how it ran; None if it has no code
@@ -327,24 +336,23 @@ def finish_page(
         if cell["cell_type"] == "markdown": source = finish_text(source, owner_name, absent)
         if "run-stats" in tags and result: source = run_stats(result)
         if "parameters" in tags and result:
-            source = re.sub(r"^(PRESET\s*=\s*)[\"']\w+[\"']", rf'\g<1>"{result.preset}"', source, flags=re.M)
+            source = re.sub(r"^(PRESET\s*=\s*)[\"']\w+[\"']", rf'\g<1>"{result.preset}"', source, flags=re.MULTILINE)
         cells.append(cell | {"source": source, "metadata": {"tags": list(tags)}})
     meta = {k: v for k, v in notebook["metadata"].items() if k == "language_info"}
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return {"cells": cells, "metadata": meta | {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
-# %% ../nbs/A1_building.ipynb #e616866e
+# %% ../nbs/A1_building.ipynb #a4d12f86
 def _signature(node, lines: list[str]) -> str:
     "From `def` or `class` up to the body; of a class also its fields and how it is made."
     first = node.body[0]
     text = lines[node.lineno - 1 : first.lineno]
     text[-1] = text[-1].encode()[: first.col_offset].decode()
     if isinstance(node, ast.ClassDef):
-        text = [*text[:-1]] or text
         for part in node.body:
             if isinstance(part, ast.AnnAssign): text += lines[part.lineno - 1 : part.end_lineno]
             if getattr(part, "name", "") == "__init__": text += ["    " + s for s in _signature(part, lines).splitlines()]
-    return "\n".join(line[node.col_offset :] for line in text).rstrip()
+    return "\n".join(line[node.col_offset :] for line in text if line.strip())
 
 def _entry(node, lines: list[str], level: int, inside: str = "") -> list[str]:
     "Markdown for one function or class, and for the public methods of a class."
@@ -424,7 +432,7 @@ def _stage_page(book: Book, page: str, result: Execution | None, name: str, abse
         _write(book.staging / f"{page}.ipynb", json.dumps(finished))
         if done and any((done / "assets").iterdir()): shutil.copytree(done / "assets", book.staging / "_assets" / page)
 
-# %% ../nbs/A1_building.ipynb #1a341d96
+# %% ../nbs/A1_building.ipynb #774b7b1a
 def folder_digest(folder: Path) -> str:
     "SHA-256 over the names and contents of all files in a folder."
     digest = hashlib.sha256()
@@ -442,7 +450,7 @@ def render(
     try:
         jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "."]
         done = subprocess.run([*jupyter_book, "-W", "-n", "--keep-going", "--path-output", str(out.resolve())],
-                              cwd=book.staging, capture_output=True, text=True)
+                              cwd=book.staging, capture_output=True, text=True, check=False)
         _write(book.build / "sphinx.log", done.stdout + done.stderr)
         if done.returncode: raise BuildError(f"Jupyter Book failed ({book.build / 'sphinx.log'}):\n{_complaints(done)}")
         _finish_site(book, out / "_build" / "html", digest)
@@ -467,13 +475,13 @@ def _finish_site(book: Book, site: Path, digest: str) -> None:
     shutil.rmtree(book.html, ignore_errors=True)
     os.replace(site, book.html)
 
-# %% ../nbs/A1_building.ipynb #5e6cdf41
+# %% ../nbs/A1_building.ipynb #e024d1f5
 FETCHED = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed|track)\b[^>]*?\s(?:src|srcset)\s*=\s*["']?((?:https?:)?//[^"'\s>]+)"""
     r"""|<link\b(?=[^>]*\brel\s*=\s*["']?(?:stylesheet|preload|prefetch|icon|shortcut|modulepreload|preconnect))"""
     r"""[^>]*?\bhref\s*=\s*["']?((?:https?:)?//[^"'\s>]+)"""
     r"""|url\(\s*["']?((?:https?:)?//[^"')\s]+)|@import\s+["']((?:https?:)?//[^"']+)"""
-    r"""|(?:\bfrom|\bimport|\bimportScripts\(|\bfetch\()\s*["']((?:https?:)?//[^"']+)""", re.I)
+    r"""|(?:\bfrom|\bimport|\bimportScripts\(|\bfetch\()\s*["']((?:https?:)?//[^"']+)""", re.IGNORECASE)
 
 def outside(
     site: Path,           # a folder of HTML
@@ -481,12 +489,12 @@ def outside(
     "What a site would fetch from another server."
     found = []
     for path in sorted(p for p in site.rglob("*") if p.suffix in {".html", ".css"}):
-        text = re.sub(r"<pre\b.*?</pre>", "", path.read_text(errors="replace"), flags=re.S)
+        text = re.sub(r"<pre\b.*?</pre>", "", path.read_text(errors="replace"), flags=re.DOTALL)
         for match in FETCHED.finditer(text):
             found.append(f"{path.relative_to(site)}: {next(filter(None, match.groups()))}")
     return found
 
-# %% ../nbs/A1_building.ipynb #2058b16e
+# %% ../nbs/A1_building.ipynb #14e2b66e
 def build(
     book: Book,
     chapters: str = "",          # beginnings of chapter names; empty for all
@@ -496,10 +504,9 @@ def build(
     "Run the chapters and build the site; raises BuildError with a report if a cell or a page fails."
     import yaml
     toc = yaml.safe_load((book.root / "_toc.yml").read_text())
-    toc = _existing(book, toc)
     part = select_pages(toc, chapters)
     pages = toc_pages(part)
-    runnable = [p for p in pages if (book.nbs / f"{p}.ipynb").exists() and _has_code(book.nbs / f"{p}.ipynb")]
+    runnable = [p for p in pages if _has_code(_source(book, p))]
     book.build.mkdir(parents=True, exist_ok=True)
     with open(book.build / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -511,16 +518,16 @@ def build(
             render(book)
     return results
 
-def _existing(book: Book, toc: dict) -> dict:
-    "TEMPORARY until every chapter is committed: leave out pages that are not there yet."
-    def there(p): return p == "api" or (book.nbs / f"{p}.ipynb").exists() or (book.nbs / f"{p}.md").exists()
-    for page in toc_pages(toc):
-        if not there(page): print(f"not there yet: {page}", file=sys.stderr)
-    parts = [part | {"chapters": [c for c in part["chapters"] if there(c["file"])]} for part in toc["parts"]]
-    return toc | {"parts": [part for part in parts if part["chapters"]]}
+def _source(book: Book, page: str) -> Path | None:
+    "The file in nbs/ that a page is made from; None for the page of functions, which is generated."
+    if page == "api": return None
+    for path in (book.nbs / f"{page}.ipynb", book.nbs / f"{page}.md"):
+        if path.exists(): return path
+    raise FileNotFoundError(f"_toc.yml names {page!r}: expected nbs/{page}.ipynb or nbs/{page}.md; found neither")
 
-def _has_code(notebook: Path) -> bool:
-    return any(c["cell_type"] == "code" for c in json.loads(notebook.read_text())["cells"])
+def _has_code(source: Path | None) -> bool:
+    if source is None or source.suffix != ".ipynb": return False
+    return any(c["cell_type"] == "code" for c in json.loads(source.read_text())["cells"])
 
 # %% ../nbs/A1_building.ipynb #f11aa9c3
 def main(

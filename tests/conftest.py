@@ -91,21 +91,30 @@ def watch(page, allowed: str) -> list[str]:
     return wrong
 
 
-@pytest.fixture
-def open_page(browser, built_site, site_url):
-    "open_page('01_data', over='http', **context options) -> a page with `.wrong`, a list that a healthy page leaves empty."
-    contexts = []
+@pytest.fixture(scope="session")
+def make_page(browser, built_site, site_url):
+    "make_page('01_data', over='http', **context options) -> a page with `.wrong`, a list that a healthy page leaves empty."
 
-    def opener(name: str, over: str = "http", **options):
+    def make(name: str, over: str = "http", **options):
         base = site_url if over == "http" else built_site.as_uri()
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        contexts.append(context)
-        page = context.new_page()
+        page = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options}).new_page()
         page.wrong = watch(page, base + "/")
         page.goto(f"{base}/{name}.html" if "." not in name else f"{base}/{name}")
         page.wait_for_load_state("networkidle")
         return page
 
+    return make
+
+
+@pytest.fixture
+def open_page(make_page):
+    "Like make_page, but the page is closed after the test."
+    pages = []
+
+    def opener(*args, **options):
+        pages.append(make_page(*args, **options))
+        return pages[-1]
+
     yield opener
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.context.close()

@@ -8,51 +8,114 @@ from PIL import Image, ImageStat
 
 pytestmark = pytest.mark.timeout(120)
 PLOTS = "div.js-plotly-plot, div.plotly-graph-div"
+PIXELS = "c => c.toDataURL()"
+EYE = "p => JSON.stringify(p._fullLayout.scene._scene.getCamera().eye)"
+TO_THE_MIDDLE = "s => { s.value = (+s.min + +s.max) / 2; s.dispatchEvent(new Event('input', {bubbles: true})); }"
+TOO_WIDE = """() => [...document.querySelectorAll('main *')].filter(e => {
+    const box = e.getBoundingClientRect();
+    if (box.width === 0 || box.right <= 394) return false;
+    for (let p = e; p; p = p.parentElement)
+        if (['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(p).overflowX)) return false;
+    return true;
+}).map(e => e.outerHTML.slice(0, 160))"""
 
 
-@pytest.mark.parametrize("over", ["http", "file"])
-@pytest.mark.parametrize("name", PAGES)
-def test_page_is_healthy(open_page, name, over):
-    page = open_page(name, over)
+def check(page):
+    "What must hold on every page, however it was opened."
     assert page.wrong == []
     assert page.locator("h1").first.inner_text().strip()
     assert "#|" not in page.locator("main").inner_text(), "an nbdev directive is shown"
-    blank = page.eval_on_selector_all("img", "imgs => imgs.filter(i => !(i.alt || '').trim()).map(i => i.outerHTML.slice(0, 200))")
-    assert blank == [], "images without a description"
-    broken = page.eval_on_selector_all("img", "imgs => imgs.filter(i => i.loading !== 'lazy' && i.complete && !i.naturalWidth).map(i => i.src)")
-    assert broken == []
+    blank = "imgs => imgs.filter(i => !(i.alt || '').trim()).map(i => i.outerHTML.slice(0, 200))"
+    assert page.eval_on_selector_all("img", blank) == [], "images without a description"
+    broken = "imgs => imgs.filter(i => i.loading !== 'lazy' && i.complete && !i.naturalWidth).map(i => i.src)"
+    assert page.eval_on_selector_all("img", broken) == []
     formulas, typeset = page.locator("main .math").count(), page.locator("main mjx-container").count()
     assert (typeset > 0) == (formulas > 0) and page.locator("mjx-merror").count() == 0
     assert page.locator(PLOTS).count() == page.locator(f":is({PLOTS}):has(.main-svg)").count(), "a plotly figure was not drawn"
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_page_fits_a_phone(open_page, name):
-    page = open_page(name, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 392
-    wide = """() => [...document.querySelectorAll('main *')].filter(e => {
-        const box = e.getBoundingClientRect();
-        if (box.width === 0 || box.right <= 394) return false;
-        for (let p = e; p; p = p.parentElement)
-            if (['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(p).overflowX)) return false;
-        return true;
-    }).map(e => e.outerHTML.slice(0, 160))"""
-    assert page.evaluate(wide) == [], "wider than the page, and no scroll bar of its own"
-    assert page.wrong == []
+def test_page_from_a_file(open_page, name):
+    check(open_page(name, "file"))
 
 
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_chapter_has_its_badge_and_its_measurements(open_page, name):
-    page = open_page(name)
-    badge = page.locator("a:has(> img[alt='Open in Colab'])").first
-    assert badge.get_attribute("href").endswith(f"/blob/main/nbs/{name}.ipynb")
-    assert "colab.research.google.com/github/" in badge.get_attribute("href")
-    launch = page.locator(".dropdown-launch-buttons a[href*='colab.research.google.com']").first
-    assert launch.get_attribute("href").endswith(f"/blob/main/nbs/{name}.ipynb")
-    stats = page.locator(".run-stats").first.inner_text()
-    assert "This page ran in" in stats and "MB of memory" in stats and "cores of" in stats
-    assert "google.colab" not in page.locator("main").inner_text(), "the cell for Colab is shown"
+@pytest.fixture(scope="module", params=PAGES)
+def visited(request, make_page):
+    "A page over http, opened once; the tests of one page follow one another and leave it usable for the next."
+    page = make_page(request.param)
+    page.name = request.param
+    yield page
+    page.context.close()
+
+
+class TestPageOverHttp:
+    def test_healthy(self, visited):
+        check(visited)
+
+    def test_badge_and_measurements(self, visited):
+        page, name = visited, visited.name
+        if name not in CHAPTERS:
+            return
+        badge = page.locator("a:has(> img[alt='Open in Colab'])").first.get_attribute("href")
+        launch = page.locator(".dropdown-launch-buttons a[href*='colab.research.google.com']").first.get_attribute("href")
+        for address in (badge, launch):
+            assert address.startswith("https://colab.research.google.com/github/")
+            assert address.endswith(f"/fmri_book/blob/main/nbs/{name}.ipynb")
+        stats = page.locator(".run-stats").first.inner_text()
+        assert "This page ran in" in stats and "MB of memory" in stats and "cores of" in stats
+        assert "google.colab" not in page.locator("main").inner_text(), "the cell for Colab is shown"
+
+    def test_players_react(self, visited):
+        page = visited
+        for canvas in page.locator(".fb-canvas").all():
+            box = canvas.locator("xpath=ancestor::*[.//input[contains(@class, 'fb-slider')]][1]")
+            slider, clock = box.locator(".fb-slider").first, box.locator(".fb-time").first
+            canvas.scroll_into_view_if_needed()
+            before, time_before = canvas.evaluate(PIXELS), clock.inner_text()
+            slider.evaluate(TO_THE_MIDDLE)
+            page.wait_for_timeout(100)
+            middle, time_middle = canvas.evaluate(PIXELS), clock.inner_text()
+            assert middle != before and time_middle != time_before
+            box.locator(".fb-play").first.click()
+            page.wait_for_function("([c, old]) => c.toDataURL() !== old", arg=[canvas.element_handle(), middle], timeout=5000)
+            box.locator(".fb-play").first.click()
+        assert page.wrong == []
+
+    def test_surfaces_turn(self, visited):
+        page = visited
+        for plot in page.locator(PLOTS).all():
+            if not plot.evaluate("p => Boolean(p._fullLayout && p._fullLayout.scene)"):
+                continue
+            plot.scroll_into_view_if_needed()
+            box = plot.locator("canvas").first.bounding_box()
+            before = plot.evaluate(EYE)
+            x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+            page.mouse.move(x, y)
+            page.mouse.down()
+            page.mouse.move(x + 60, y + 25, steps=4)
+            page.mouse.up()
+            page.wait_for_timeout(200)
+            assert plot.evaluate(EYE) != before
+            picture = Image.open(io.BytesIO(plot.screenshot())).convert("L")
+            assert ImageStat.Stat(picture).stddev[0] > 3, "nothing is drawn"
+        assert page.wrong == []
+
+    def test_figures_keep_a_light_ground_in_the_dark(self, visited):
+        page = visited
+        page.emulate_media(color_scheme="dark")
+        page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+        grounds = page.eval_on_selector_all("main .cell_output img", "imgs => imgs.map(i => getComputedStyle(i).backgroundColor)")
+        assert set(grounds) <= {"rgb(255, 255, 255)"}
+        page.emulate_media(color_scheme="light")
+        assert page.wrong == []
+
+    def test_fits_a_phone(self, visited):
+        page = visited
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.wait_for_timeout(400)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 392
+        assert page.evaluate(TOO_WIDE) == [], "wider than the page, and no scroll bar of its own"
+        assert page.wrong == []
 
 
 @pytest.mark.parametrize("over", ["http", "file"])
@@ -87,50 +150,4 @@ def test_light_and_dark(open_page, scheme, low, high):
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
     assert low <= brightness(page) < high
     assert page.locator(f"img.only-{scheme}").first.is_visible()
-    assert page.wrong == []
-
-
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_figures_keep_a_light_ground_in_the_dark(open_page, name):
-    page = open_page(name, color_scheme="dark")
-    grounds = page.eval_on_selector_all("main .cell_output img", "imgs => imgs.map(i => getComputedStyle(i).backgroundColor)")
-    assert set(grounds) <= {"rgb(255, 255, 255)"}
-
-
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_players_react(open_page, name):
-    page = open_page(name)
-    for box in page.locator(":has(> .fb-canvas), :has(> * > .fb-canvas)").filter(has=page.locator(".fb-slider")).all():
-        canvas, slider, clock = (box.locator(s).first for s in (".fb-canvas", ".fb-slider", ".fb-time"))
-        canvas.scroll_into_view_if_needed()
-        pixels = "c => c.toDataURL()"
-        before, time_before = canvas.evaluate(pixels), clock.inner_text()
-        slider.evaluate("s => { s.value = (Number(s.min) + Number(s.max)) / 2; s.dispatchEvent(new Event('input', {bubbles: true})); }")
-        page.wait_for_timeout(100)
-        middle, time_middle = canvas.evaluate(pixels), clock.inner_text()
-        assert middle != before and time_middle != time_before
-        box.locator(".fb-play").first.click()
-        page.wait_for_function("([c, old]) => c.toDataURL() !== old", arg=[canvas.element_handle(), middle], timeout=5000)
-        box.locator(".fb-play").first.click()
-    assert page.wrong == []
-
-
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_surfaces_turn(open_page, name):
-    page = open_page(name)
-    for plot in page.locator(PLOTS).all():
-        if not plot.evaluate("p => Boolean(p._fullLayout && p._fullLayout.scene)"):
-            continue
-        plot.scroll_into_view_if_needed()
-        box = plot.locator(".gl-container, canvas").first.bounding_box()
-        before = plot.evaluate("p => JSON.stringify(p._fullLayout.scene._scene.getCamera().eye)")
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        page.mouse.move(x, y)
-        page.mouse.down()
-        page.mouse.move(x + 60, y + 25, steps=4)
-        page.mouse.up()
-        page.wait_for_timeout(200)
-        assert plot.evaluate("p => JSON.stringify(p._fullLayout.scene._scene.getCamera().eye)") != before
-        picture = Image.open(io.BytesIO(plot.screenshot())).convert("L")
-        assert ImageStat.Stat(picture).stddev[0] > 3, "nothing is drawn"
     assert page.wrong == []
