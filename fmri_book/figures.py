@@ -22,11 +22,22 @@ __all__ = ['DIVERGING', 'SEQUENTIAL', 'oklab_to_rgb', 'diverging_colours', 'sequ
 # %% ../nbs/00_figures.ipynb #6f267456
 def oklab_to_rgb(
     lab: np.ndarray,  # (..., 3): lightness L in 0..1, then the green-red and blue-yellow axes
-) -> np.ndarray:      # (..., 3) sRGB in 0..1, clipped where the screen cannot show the colour
+) -> np.ndarray:  # (..., 3) sRGB in 0..1, clipped where the screen cannot show the colour
     "Colours by perceived lightness and hue, as screen colours (Ottosson 2020)."
-    to_cones = np.array([[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]])
-    to_linear = np.array([[4.0767416621, -3.3077115913, 0.2309699292], [-1.2684380046, 2.6097574011, -0.3413193965],
-                          [-0.0041960863, -0.7034186147, 1.7076147010]])
+    to_cones = np.array(
+        [
+            [1, 0.3963377774, 0.2158037573],
+            [1, -0.1055613458, -0.0638541728],
+            [1, -0.0894841775, -1.2914855480],
+        ]
+    )
+    to_linear = np.array(
+        [
+            [4.0767416621, -3.3077115913, 0.2309699292],
+            [-1.2684380046, 2.6097574011, -0.3413193965],
+            [-0.0041960863, -0.7034186147, 1.7076147010],
+        ]
+    )
     linear = np.clip((np.asarray(lab) @ to_cones.T) ** 3 @ to_linear.T, 0, 1)
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
@@ -36,9 +47,12 @@ def diverging_colours(n: int = 256) -> np.ndarray:  # (n, 3) sRGB
     x = np.linspace(-1, 1, n)[:, None]
     size = np.abs(x)
     lightness = 0.97 - 0.58 * size
-    chroma = 0.17 * np.sin(np.minimum(size * 1.15, 1) * np.pi / 2)  # colour comes early, so small effects are visible
+    chroma = 0.17 * np.sin(
+        np.minimum(size * 1.15, 1) * np.pi / 2
+    )  # colour comes early, so small effects are visible
     hue = np.where(x < 0, np.deg2rad(250), np.deg2rad(30))
     return oklab_to_rgb(np.concatenate([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], 1))
+
 
 def sequential_colours(n: int = 256) -> np.ndarray:  # (n, 3) sRGB
     "Dark blue to light yellow, linear in lightness."
@@ -50,56 +64,92 @@ def sequential_colours(n: int = 256) -> np.ndarray:  # (n, 3) sRGB
 # %% ../nbs/00_figures.ipynb #22686f46
 DIVERGING, SEQUENTIAL = "book_diverging", "book_sequential"
 
+
 @cache
 def register_colour_maps() -> None:
     "Make both maps known to matplotlib under the names `DIVERGING` and `SEQUENTIAL`."
     import matplotlib
     from matplotlib.colors import ListedColormap
+
     for name, colours in ((DIVERGING, diverging_colours()), (SEQUENTIAL, sequential_colours())):
-        matplotlib.colormaps.register(ListedColormap(colours, name=name).with_extremes(bad=(0, 0, 0, 0)), force=True)
+        matplotlib.colormaps.register(
+            ListedColormap(colours, name=name).with_extremes(bad=(0, 0, 0, 0)), force=True
+        )
+
 
 def plotly_scale(name: str = DIVERGING, n: int = 33) -> list[list]:
     "A colour map in plotly's form: pairs of position and 'rgb(...)'."
     colours = {DIVERGING: diverging_colours, SEQUENTIAL: sequential_colours}[name](n)
-    return [[i / (n - 1), "rgb({},{},{})".format(*(255 * c).round().astype(int))] for i, c in enumerate(colours)]
+    return [
+        [i / (n - 1), "rgb({},{},{})".format(*(255 * c).round().astype(int))] for i, c in enumerate(colours)
+    ]
 
 # %% ../nbs/00_figures.ipynb #9d423a8b
 def use_book_style() -> None:
     "Sizes, fonts and colours for matplotlib figures; call it once at the top of a chapter."
     import matplotlib as mpl
+
     register_colour_maps()
-    mpl.rcParams.update({
-        "figure.figsize": (8, 3.2), "figure.dpi": 110, "figure.facecolor": "white", "savefig.facecolor": "white",
-        "figure.constrained_layout.use": True, "font.size": 11, "axes.titlesize": 11, "axes.labelsize": 11,
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "image.cmap": DIVERGING,
-        "axes.prop_cycle": mpl.cycler(color=["#2f5d8a", "#c2553a", "#5b8c5a", "#8d6fa8", "#c99a2e", "#4a9aa5", "#7a7a7a"])})
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (8, 3.2),
+            "figure.dpi": 110,
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "figure.constrained_layout.use": True,
+            "font.size": 11,
+            "axes.titlesize": 11,
+            "axes.labelsize": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "image.cmap": DIVERGING,
+            "axes.prop_cycle": mpl.cycler(
+                color=["#2f5d8a", "#c2553a", "#5b8c5a", "#8d6fa8", "#c99a2e", "#4a9aa5", "#7a7a7a"]
+            ),
+        }
+    )
+
 
 def show(
-    fig: Figure,    # it is closed afterwards
-    alt: str,       # what the figure shows, for readers who cannot see it
+    fig: Figure,  # it is closed afterwards
+    alt: str,  # what the figure shows, for readers who cannot see it
     width: int | None = None,  # on-screen width in CSS pixels; narrower screens shrink it
 ) -> HTML:
     "A matplotlib figure as an image with alternative text."
     from IPython.display import HTML
     import matplotlib.pyplot as plt
-    if not alt.strip(): raise ValueError("a figure needs alternative text: expected a sentence that says what it shows, found nothing")
+
+    if not alt.strip():
+        raise ValueError(
+            "a figure needs alternative text: expected a sentence that says what it shows, found nothing"
+        )
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", bbox_inches="tight")
     size = f"width:{width}px;" if width else ""
     plt.close(fig)
     data = base64.b64encode(_smaller(buffer.getvalue())).decode()
-    return HTML(f'<img class="fb-figure" alt="{_escape(alt)}" style="{size}max-width:100%" src="data:image/png;base64,{data}">')
+    return HTML(
+        f'<img class="fb-figure" alt="{_escape(alt)}" style="{size}max-width:100%" src="data:image/png;base64,{data}">'
+    )
+
 
 def _smaller(png: bytes, limit: int = 250_000) -> bytes:
     "A large PNG with its colours reduced to the 256 that fit it best: pages stay light."
     from PIL import Image
-    if len(png) <= limit: return png
+
+    if len(png) <= limit:
+        return png
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+        buffer, "PNG", optimize=True
+    )
     return buffer.getvalue()
+
 
 def _escape(text: str) -> str:
     import html
+
     return html.escape(" ".join(text.split()), quote=True)
 
 # %% ../nbs/00_figures.ipynb #29b28a19
@@ -107,70 +157,112 @@ def in_book() -> bool:
     "True while the book is being built: scripts then come from the site's own folder."
     return os.environ.get("FMRI_BOOK_BUILD") == "1"
 
+
 def plotly_html(
     fig: go.Figure,
-    div_id: str,        # unique on its page
-    alt: str,           # what the figure shows, for readers who cannot see it
+    div_id: str,  # unique on its page
+    alt: str,  # what the figure shows, for readers who cannot see it
     height: int = 420,  # CSS pixels
 ) -> HTML:
     "An interactive figure that needs no network, with a description."
     from IPython.display import HTML
-    if not alt.strip(): raise ValueError("a figure needs alternative text: expected a sentence that says what it shows, found nothing")
-    fig.update_layout(height=height, margin=dict(l=10, r=10, t=40, b=10), paper_bgcolor="white", plot_bgcolor="white",
-                      font=dict(size=13, color="#222"))
-    body = fig.to_html(full_html=False, include_plotlyjs=not in_book(), div_id=div_id,
-                       config={"displaylogo": False, "responsive": True, "scrollZoom": False})
+
+    if not alt.strip():
+        raise ValueError(
+            "a figure needs alternative text: expected a sentence that says what it shows, found nothing"
+        )
+    fig.update_layout(
+        height=height,
+        margin=dict(l=10, r=10, t=40, b=10),
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        font=dict(size=13, color="#222"),
+    )
+    body = fig.to_html(
+        full_html=False,
+        include_plotlyjs=not in_book(),
+        div_id=div_id,
+        config={"displaylogo": False, "responsive": True, "scrollZoom": False},
+    )
     return HTML(f'<div class="fb-interactive" role="figure" aria-label="{_escape(alt)}">{body}</div>')
 
 # %% ../nbs/00_figures.ipynb #538be987
 def surface_figure(
     values: np.ndarray,  # (vertices,) what to colour by; NaN is drawn grey
     coords: np.ndarray,  # (vertices, 3) mm
-    faces: np.ndarray,   # (triangles, 3) vertex numbers
-    limit: float | None = None,   # colours span -limit..limit; default: the 99th percentile of |values|
-    unit: str = "",      # written at the colour bar
+    faces: np.ndarray,  # (triangles, 3) vertex numbers
+    limit: float | None = None,  # colours span -limit..limit; default: the 99th percentile of |values|
+    unit: str = "",  # written at the colour bar
     background: np.ndarray | None = None,  # (vertices,) sulcal depth: shades the folds where values are NaN
 ) -> go.Figure:
     "Values on a surface that can be turned; the first trace holds the vertices in their order."
     import plotly.graph_objects as go
-    values, coords, faces = np.asarray(values, np.float32), np.asarray(coords, np.float32), np.asarray(faces, np.int32)
-    if values.shape != (len(coords),): raise ValueError(f"expected one value for each of {len(coords)} vertices, found shape {values.shape}")
+
+    values, coords, faces = (
+        np.asarray(values, np.float32),
+        np.asarray(coords, np.float32),
+        np.asarray(faces, np.int32),
+    )
+    if values.shape != (len(coords),):
+        raise ValueError(f"expected one value for each of {len(coords)} vertices, found shape {values.shape}")
     limit = limit or float(np.nanpercentile(np.abs(values), 99)) or 1.0
     x, y, z = coords.T
     i, j, k = faces.T
-    mesh = go.Mesh3d(x=x, y=y, z=z, i=i, j=j, k=k, intensity=np.nan_to_num(values), cmin=-limit, cmax=limit,
-                     colorscale=plotly_scale(), colorbar=dict(title=unit, thickness=12, len=0.7), hoverinfo="skip" if background is not None else "all",
-                     lighting=dict(ambient=0.55, diffuse=0.6, specular=0.1), flatshading=False)
+    mesh = go.Mesh3d(
+        x=x,
+        y=y,
+        z=z,
+        i=i,
+        j=j,
+        k=k,
+        intensity=np.nan_to_num(values),
+        cmin=-limit,
+        cmax=limit,
+        colorscale=plotly_scale(),
+        colorbar=dict(title=unit, thickness=12, len=0.7),
+        hoverinfo="skip" if background is not None else "all",
+        lighting=dict(ambient=0.55, diffuse=0.6, specular=0.1),
+        flatshading=False,
+    )
     fig = go.Figure(mesh)
     axis = dict(visible=False)
-    fig.update_layout(scene=dict(xaxis=axis, yaxis=axis, zaxis=axis, aspectmode="data", camera=dict(eye=dict(x=-1.6, y=0, z=0.35))))
+    fig.update_layout(
+        scene=dict(
+            xaxis=axis, yaxis=axis, zaxis=axis, aspectmode="data", camera=dict(eye=dict(x=-1.6, y=0, z=0.35))
+        )
+    )
     return fig
 
 # %% ../nbs/00_figures.ipynb #16ccf533
 def _sprite(
     frames: np.ndarray,  # (time, height, width), NaN = background
-    vmin: float, vmax: float, levels: int = 63,
+    vmin: float,
+    vmax: float,
+    levels: int = 63,
 ) -> tuple[bytes, int]:  # PNG of all frames in a grid; number of columns of the grid
     "All frames of a video as one grey-scale PNG: 0 is the background, 1..levels the values."
     from PIL import Image
+
     n_frames, height, width = frames.shape
     columns = max(1, min(n_frames, 4096 // width))
     rows = -(-n_frames // columns)
     scaled = 1 + np.round((np.clip(np.nan_to_num(frames), vmin, vmax) - vmin) / (vmax - vmin) * (levels - 1))
     grid = np.zeros((rows * columns, height, width), np.uint8)
     grid[:n_frames] = np.where(np.isnan(frames), 0, scaled)
-    picture = grid.reshape(rows, columns, height, width).swapaxes(1, 2).reshape(rows * height, columns * width)
+    picture = (
+        grid.reshape(rows, columns, height, width).swapaxes(1, 2).reshape(rows * height, columns * width)
+    )
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", optimize=True)
     return buffer.getvalue(), columns
 
-# %% ../nbs/00_figures.ipynb #98f96542
+# %% ../nbs/00_figures.ipynb #396185ac
 _PLAYER = """
 <div id="%(id)s" class="fb-player" role="figure" aria-label="%(alt)s" style="max-width:%(css)dpx">
 <canvas class="fb-canvas" width="%(w)d" height="%(h)d" style="width:100%%;background:#fff;border-radius:6px;image-rendering:auto"></canvas>
 <div style="display:flex;gap:.6em;align-items:center;margin-top:.3em">
 <button class="fb-play" type="button" aria-label="play or pause" style="min-width:4.5em;padding:.25em .6em">play</button>
-<input class="fb-slider" type="range" min="0" max="%(last)d" value="0" step="1" aria-label="frame" style="flex:1;min-width:0">
+<input class="fb-slider" type="range" min="0" max="%(last)d" value="%(start)d" step="1" aria-label="frame" style="flex:1;min-width:0">
 <span class="fb-time" style="min-width:6.5em;font-variant-numeric:tabular-nums"></span></div>
 <div style="display:flex;gap:.5em;align-items:center;font-size:.85em"><span>%(vmin)s</span>
 <span style="flex:1;height:.6em;border-radius:3px;background:linear-gradient(to right,%(stops)s)"></span><span>%(vmax)s %(unit)s</span></div></div>
@@ -194,25 +286,46 @@ root.dataset.ready="1";draw()};
 image.src="data:image/png;base64,%(png)s";draw()})();</script>
 """
 
+# %% ../nbs/00_figures.ipynb #375614c0
 def player(
-    frames: np.ndarray,    # (time, height, width), any unit; NaN = background
-    labels: Sequence[str], # (time,) what to write beside the slider, for instance '70.0 s'
-    div_id: str,           # unique on its page
-    alt: str,              # what the video shows, for readers who cannot see it
+    frames: np.ndarray,  # (time, height, width), any unit; NaN = background
+    labels: Sequence[str],  # (time,) what to write beside the slider, for instance '70.0 s'
+    div_id: str,  # unique on its page
+    alt: str,  # what the video shows, for readers who cannot see it
     limit: float | None = None,  # colours span -limit..limit; default: the 99th percentile of |frames|
-    unit: str = "",        # written at the colour bar
-    fps: float = 8,        # frames per second of viewing
+    unit: str = "",  # written at the colour bar
+    fps: float = 8,  # frames per second of viewing
     css_width: int = 720,  # widest on-screen width in CSS pixels
+    start: int = 0,  # the frame to show first
 ) -> HTML:
     "A video with a play button and a slider, in the page, without a network."
     from IPython.display import HTML
+
     frames = np.asarray(frames, np.float32)
     if frames.ndim != 3 or len(frames) != len(labels):
-        raise ValueError(f"expected frames (time, height, width) with one label a frame, found shape {frames.shape} and {len(labels)} labels")
+        raise ValueError(
+            f"expected frames (time, height, width) with one label a frame, found shape {frames.shape} and {len(labels)} labels"
+        )
     limit = limit or float(np.nanpercentile(np.abs(frames), 99)) or 1.0
     png, columns = _sprite(frames, -limit, limit)
     colours = (255 * diverging_colours(63)).round().astype(int).tolist()
     data = json.dumps(dict(columns=columns, labels=list(labels), colours=colours, fps=fps))
     stops = ",".join("rgb({},{},{})".format(*c) for c in colours[::6])
-    return HTML(_PLAYER % dict(id=div_id, alt=_escape(alt), css=css_width, w=frames.shape[2], h=frames.shape[1], last=len(frames) - 1, data=data,
-                               vmin=f"{-limit:.2g}", vmax=f"{limit:.2g}", unit=_escape(unit), stops=stops, png=base64.b64encode(png).decode()))
+    return HTML(
+        _PLAYER
+        % dict(
+            id=div_id,
+            alt=_escape(alt),
+            css=css_width,
+            w=frames.shape[2],
+            h=frames.shape[1],
+            last=len(frames) - 1,
+            start=start,
+            data=data,
+            vmin=f"{-limit:.2g}",
+            vmax=f"{limit:.2g}",
+            unit=_escape(unit),
+            stops=stops,
+            png=base64.b64encode(png).decode(),
+        )
+    )
