@@ -922,7 +922,7 @@ def correlation_factors(
     length = np.linalg.norm(factors, axis=1, keepdims=True)
     return factors / np.where(length > 0, length, 1)
 
-# %% ../nbs/01_data.ipynb #fb66e9ef
+# %% ../nbs/01_data.ipynb #f0ffe1b6
 _EXPLORER = """
 <label style="display:block;margin:.3em 0">seed <select class="fb-seeds" id="%(id)s-seeds">%(options)s</select>
 <span id="%(id)s-label" aria-live="polite" style="margin-left:.6em;font-size:.9em"></span></label>
@@ -932,11 +932,17 @@ const raw=Uint8Array.from(atob("%(data)s"),c=>c.charCodeAt(0)),f=new Int8Array(r
 for(let i=0;i<N;i++){let s=0;for(let k=0;k<K;k++)s+=f[i*K+k]**2;size[i]=Math.sqrt(s)||1}
 function select(v){const r=new Float32Array(N);
 for(let i=0;i<N;i++){let s=0;for(let k=0;k<K;k++)s+=f[i*K+k]*f[v*K+k];r[i]=s/size[i]/size[v]}
-const m=plot.data[0];Plotly.restyle(plot,{intensity:[r]},[0]);
+const m=plot._fullData[0];Plotly.restyle(plot,{intensity:[r]},[0]);
 Plotly.restyle(plot,{x:[[m.x[v]]],y:[[m.y[v]]],z:[[m.z[v]]]},[1]);
 label.textContent="vertex "+(v<%(n_left)d?"L"+v:"R"+v);plot.dataset.seed=v}
 menu.onchange=()=>select(+menu.value);
-function ready(){if(!plot.on)return setTimeout(ready,100);plot.on("plotly_click",e=>{const p=e.points[0];if(p.curveNumber===0)select(p.pointNumber)});select(+menu.value)}
+// plotly only reports clicks within 5 pixels of a vertex, so remember what is under the pointer and watch for a press without a drag
+let under=null,down=null;
+function ready(){if(!plot.on)return setTimeout(ready,100);
+plot.on("plotly_hover",e=>{const p=e.points[0];if(p.curveNumber===0)under=p.pointNumber});
+plot.addEventListener("pointerdown",e=>{down=[e.clientX,e.clientY]},true);
+window.addEventListener("pointerup",e=>{if(down&&under!==null&&plot.contains(e.target)&&Math.hypot(e.clientX-down[0],e.clientY-down[1])<4)select(under);down=null},true);
+select(+menu.value)}
 ready()})();</script>"""
 
 
