@@ -39,7 +39,7 @@ def power_spectrum(
     f, power = (a[1 : n + 1].reshape(-1, smooth).mean(1) for a in (f, power))
     return f, power / (power.sum() * (f[1] - f[0]))
 
-# %% ../nbs/01a_cohort.ipynb #bf80fed6
+# %% ../nbs/01a_cohort.ipynb #c5f933be
 @dataclass(frozen=True)
 class Spectrum:
     "How the power of the fluctuations is spread over frequencies."
@@ -47,7 +47,7 @@ class Spectrum:
     knee: float = 0.05  # Hz: flat below, falling above
     slope: float = 2.0  # far above the knee, power falls as frequency ** -slope
     white: float = 0.25  # share of the variance that is the same at every frequency
-    band: tuple[float, float] | None = None  # Hz: half-power edges of a band-pass filter, if there was one
+    band: tuple[float, float] | None = None  # Hz: half-power edges of a filter, if any
     steepness: tuple[float, float] = (1.7, 4.4)  # of the filter's lower and upper edge
 
     def __post_init__(self):
@@ -66,11 +66,12 @@ class Spectrum:
         (low, high), (a, b) = self.band, self.steepness
         return power / ((1 + (low / f) ** (2 * a)) * (1 + (f / high) ** (2 * b)))
 
-    def power(self, n: int, tr: float) -> np.ndarray:  # (n // 2 + 1,) at the frequencies of np.fft.rfft
-        "Power at each frequency of n frames; white noise of variance 1 has a power of 1 everywhere."
+    def power(self, n: int, tr: float) -> np.ndarray:  # (n // 2 + 1,) as np.fft.rfft
+        "Power at each frequency of n frames; 1 everywhere for white noise of variance 1."
         f = np.fft.rfftfreq(n, tr)
         power = np.r_[0.0, self.coloured(f[1:])]  # frequency 0 is the mean: no fluctuation
-        pairs = np.where((f == 0) | (2 * f * tr > 1 - 1e-9), 1, 2)  # the others come twice, as +f and -f
+        alone = (f == 0) | (2 * f * tr > 1 - 1e-9)
+        pairs = np.where(alone, 1, 2)  # the others come twice, as +f and -f
         return (1 - self.white) * power * n / (pairs * power).sum() + self.white
 
 # %% ../nbs/01a_cohort.ipynb #0ba73dd9
@@ -121,14 +122,14 @@ def network_z(
     r = q / np.sqrt(np.outer(np.diag(q), np.diag(q)))
     return np.arctanh(r - np.diag(np.diag(r)))
 
-# %% ../nbs/01a_cohort.ipynb #40350d6a
+# %% ../nbs/01a_cohort.ipynb #b647f803
 def set_connections(
     cov: np.ndarray,  # (parcels, parcels) a covariance
     means: np.ndarray,  # (parcels, networks) from `network_means`
     wanted: dict[tuple[str, str], float],  # two networks -> Fisher z of their means
-    typical: np.ndarray,  # (networks, networks) correlations to lean on where others leave no room
+    typical: np.ndarray,  # (networks, networks) to lean on where others leave no room
 ) -> np.ndarray:  # (parcels, parcels) positive definite
-    "Set how strongly some network means correlate; what the means do not explain stays as it is."
+    "Set how strongly some network means correlate; what they do not explain stays as it is."
     old = means.T @ cov @ means
     regress = cov @ means @ np.linalg.inv(old)  # every parcel from the network means
     scale = np.sqrt(np.outer(np.diag(old), np.diag(old)))
@@ -140,7 +141,7 @@ def set_connections(
         if np.linalg.eigvalsh(corr)[0] > 0.01:
             return cov + regress @ (corr * scale - old) @ regress.T
     raise ValueError(
-        f"expected connections that can hold at the same time, found {wanted}: use a smaller spread or smaller effects"
+        f"expected connections that can hold at the same time, found {wanted}: use a smaller spread"
     )
 
 # %% ../nbs/01a_cohort.ipynb #d7eec3dd
@@ -199,11 +200,11 @@ def _strength(self, group: str, score: float, residual: float) -> float:
 Effect.strength = _strength
 EFFECTS = (Effect("group", ("Default", "Cont"), 0.8), Effect("score", ("Vis", "SomMot"), 0.5))
 
-# %% ../nbs/01a_cohort.ipynb #5d4bf020
+# %% ../nbs/01a_cohort.ipynb #37e04cb5
 def hrf(
     t: np.ndarray,  # seconds since a very short event
 ) -> np.ndarray:  # response for each second of activity; its area is 1
-    "The canonical haemodynamic response: a rise that peaks after 5 s, and a dip after 15 s."
+    "The canonical haemodynamic response: a peak after 5 s, a dip after 15 s."
     from scipy.stats import gamma
 
     return (gamma.pdf(t, 6) - gamma.pdf(t, 16) / 6) / (1 - 1 / 6)
@@ -225,7 +226,7 @@ def response(
     since = times[:, None] - mine.onset.to_numpy(float)
     return (until(since) - until(since - mine.duration.to_numpy(float))).sum(1)
 
-# %% ../nbs/01a_cohort.ipynb #7ca891a3
+# %% ../nbs/01a_cohort.ipynb #aebacc99
 TASKS = {
     "rest": (),
     "motor": ("motor_left", "motor_right"),
@@ -250,9 +251,11 @@ PATTERNS = {
     "motor_left": (Area(1, "SomMot", (40, -22, 56)),),
     "motor_right": (Area(1, "SomMot", (-40, -22, 56)),),
     "visual": (Area(1, "Vis"),),
-    "language": (Area(1, None, (-50, 18, 14)), Area(1, None, (-56, -40, 4)), Area(0.6, None, (-54, -4, -16))),
     "memory": (Area(1, "Cont"), Area(0.6, "DorsAttn"), Area(-0.6, "Default")),
-    "emotion": (Area(1, None, (40, -52, -18)), Area(1, None, (-40, -52, -18)), Area(0.6, "Limbic")),
+    "language": tuple(
+        Area(w, None, xyz) for w, xyz in ((1, (-50, 18, 14)), (1, (-56, -40, 4)), (0.6, (-54, -4, -16)))
+    ),
+    "emotion": (*(Area(1, None, (x, -52, -18)) for x in (40, -40)), Area(0.6, "Limbic")),
 }
 
 # %% ../nbs/01a_cohort.ipynb #328715fb
@@ -277,7 +280,7 @@ def activation_pattern(
     total[np.abs(total) < 0.02] = 0
     return total
 
-# %% ../nbs/01a_cohort.ipynb #0e960b34
+# %% ../nbs/01a_cohort.ipynb #d4738291
 BLOCK, PAUSE, START, END = 16.0, (12.0, 16.0), 8.0, 12.0  # seconds
 
 
@@ -286,7 +289,7 @@ def task_events(
     task: str,  # one of TASKS
     duration: float,  # of the run, in seconds
 ) -> pd.DataFrame:  # onset (s), duration (s), trial_type
-    "Blocks of 16 s with pauses of 12 to 16 s; trial types in random order, each as often as the others."
+    "Blocks of 16 s with pauses of 12 to 16 s; trial types in random order, equally often."
     import pandas as pd
 
     if task not in TASKS:
@@ -295,7 +298,8 @@ def task_events(
     needed = START + len(types) * BLOCK + (len(types) - 1) * PAUSE[1] + END
     if types and duration < needed:
         raise ValueError(
-            f"task '{task}': expected a run of at least {needed:g} s, one block for each of {', '.join(types)}, found {duration:g} s"
+            f"task '{task}': expected a run of at least {needed:g} s, one block for each "
+            f"of {', '.join(types)}, found {duration:g} s"
         )
     rows, onset, queue = [], START, []
     while types and onset + BLOCK + END <= duration:
@@ -317,7 +321,7 @@ def slow_drift(
     waves = np.cos(np.pi * np.outer(np.arange(n_frames) + 0.5, k) / n_frames) * np.sqrt(2) / k
     return waves @ rng.standard_normal((len(k), n_series)) / np.sqrt((1 / k**2).sum() or 1)
 
-# %% ../nbs/01a_cohort.ipynb #a23d4cae
+# %% ../nbs/01a_cohort.ipynb #7389b866
 @lru_cache(maxsize=1)
 def _threads():
     from threadpoolctl import ThreadpoolController  # comes with scikit-learn
@@ -326,7 +330,7 @@ def _threads():
 
 
 def one_thread(function: Callable) -> Callable:
-    "The function with its linear algebra on one thread, so that its last bits are always the same."
+    "The function with its linear algebra on one thread, for the same last bits everywhere."
 
     @wraps(function)
     def alone(*args, **kwargs):
@@ -352,7 +356,7 @@ class _Group:
 def _group(n: int) -> _Group:
     return _Group(n)
 
-# %% ../nbs/01a_cohort.ipynb #5ae8b53a
+# %% ../nbs/01a_cohort.ipynb #2bdba256
 @dataclass(frozen=True)
 class CohortDesign:
     "The settings of a simulated cohort, checked."
@@ -369,14 +373,12 @@ class CohortDesign:
     session_share: float = 0.15  # of the covariance: one session's own
     n_modes: int = 10  # spatial patterns in each of these shares
     spread: float = 0.1  # SD over subjects of a connection with an effect, Fisher z
-    activation: float = 1.0  # plateau of a task response in its strongest parcel, % of the baseline
+    activation: float = 1.0  # plateau of a task response, % of the baseline
     drift: float = 0.5  # SD of the slow drift, % of the baseline
-    site_noise: float = (
-        1.0  # SD of what a site does apart from its parcel, %; in spaces other than the parcels themselves
-    )
+    site_noise: float = 1.0  # SD of what a site does apart from its parcel, %
     reach: float = 3.0  # mm over which neighbouring sites share it
     spectrum: Spectrum = Spectrum()
-    parcels: int | None = None  # resolution of the connectivity; None: that of the space, or 400
+    parcels: int | None = None  # of the connectivity; None: as the space, or 400
 
     def __post_init__(self):
         for name in ("tasks", "effects"):
@@ -411,7 +413,7 @@ def _check_numbers(self):
 
 CohortDesign._check_numbers = _check_numbers
 
-# %% ../nbs/01a_cohort.ipynb #ac38bf72
+# %% ../nbs/01a_cohort.ipynb #ee786ad0
 def _check_parcels(self):
     own, sizes = self.space.removeprefix("schaefer"), (100, 200, 300, 400)
     given = self.parcels if self.parcels is not None else int(own) if own in map(str, sizes) else 400
@@ -423,7 +425,7 @@ def _check_parcels(self):
 
 
 def _room(self, effect: Effect) -> tuple[float, float]:
-    "How far a connection can move, in SD over subjects, before the group's other correlations forbid it."
+    "How far a connection can move, in SD over subjects, before the group's others forbid it."
     shared, (a, b) = _group(self.parcels), effect.connection
     centre = shared.z[NETWORKS.index(a), NETWORKS.index(b)]
     return tuple((0.95 * (edge - centre)) / max(self.spread, 1e-9) for edge in possible_z(shared.corr, a, b))
@@ -478,7 +480,7 @@ def _traits(
 
 CohortDesign._traits = _traits
 
-# %% ../nbs/01a_cohort.ipynb #a52c1d5f
+# %% ../nbs/01a_cohort.ipynb #d28750c6
 def _modes(self, share: float, *names) -> tuple[float, np.ndarray]:
     shared = _group(self.parcels)
     return share, shared.root @ named_rng(self.seed, "modes", *names).standard_normal(
@@ -498,9 +500,7 @@ def _connectivity(self, number: int, session: int) -> np.ndarray:
         shared.cov,
         [self._modes(self.subject_share, number), self._modes(self.session_share, number, session)],
     )
-    for _ in range(
-        3
-    ):  # setting connections changes variances a little, and the reverse: three rounds settle it to 1e-4
+    for _ in range(3):  # connections and variances pull at each other: three rounds settle them to 1e-4
         sd = np.sqrt(np.diag(cov))
         cov = set_connections(cov / np.outer(sd, sd), shared.means, wanted, shared.corr)
     return cov / np.sqrt(np.outer(np.diag(cov), np.diag(cov)))
@@ -508,13 +508,13 @@ def _connectivity(self, number: int, session: int) -> np.ndarray:
 
 CohortDesign._modes, CohortDesign._connectivity = _modes, _connectivity
 
-# %% ../nbs/01a_cohort.ipynb #cdad8ff9
+# %% ../nbs/01a_cohort.ipynb #b749de34
 @lru_cache(maxsize=4)
 def neighbourhood(
     space: str,
     reach: float,  # mm: standard deviation of a Gaussian
 ) -> csr_matrix:  # (sites, sites); squares of a row sum to 1, so noise keeps its variance
-    "Smoothing by straight-line distance: every site listens to at most its 16 nearest of the same hemisphere."
+    "Smoothing by straight-line distance over the 16 nearest sites of the same hemisphere."
     from scipy.sparse import csr_matrix
     from scipy.spatial import cKDTree
 
@@ -535,7 +535,7 @@ def spread_out(
     target: str,  # spaces
     reach: float,  # mm
 ) -> np.ndarray:  # (frames, sites) float32
-    "Parcel series on the sites of another space, plus smooth noise whose mean over each parcel is 0."
+    "Parcel series on the sites of another space, plus smooth noise with parcel means of 0."
     out, cortex = data.transfer(source, target).matrix, Space.named(target).cortex
     smooth = (neighbourhood(target, reach) @ own.T) * cortex[:, None]
     total = np.asarray(out[cortex].sum(0)).ravel()[:, None]
@@ -544,14 +544,14 @@ def spread_out(
     )  # minus the mean over each parcel's cortical sites
     return np.asarray(out @ parcels.T.astype(np.float32) + smooth, np.float32).T
 
-# %% ../nbs/01a_cohort.ipynb #2263f65c
+# %% ../nbs/01a_cohort.ipynb #e9d51cbc
 def _number(self, subject: str, session: int = 1) -> int:
-    known = str(subject)[:4] == "sim-" and subject[4:].isdigit() and 1 <= int(subject[4:]) <= self.n_subjects
-    if not known:
+    digits = str(subject).removeprefix("sim-")
+    if not digits.isdigit() or f"sim-{int(digits):04d}" != subject or not 1 <= int(digits) <= self.n_subjects:
         raise ValueError(f"unknown subject '{subject}': expected sim-0001 to sim-{self.n_subjects:04d}")
     if session not in range(1, self.n_sessions + 1):
         raise ValueError(f"unknown session {session!r}: expected 1 to {self.n_sessions}")
-    return int(subject[4:]) - 1
+    return int(digits) - 1
 
 
 def amplitude(self, subject: str, trial_type: str) -> float:
