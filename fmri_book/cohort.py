@@ -226,7 +226,7 @@ def response(
     since = times[:, None] - mine.onset.to_numpy(float)
     return (until(since) - until(since - mine.duration.to_numpy(float))).sum(1)
 
-# %% ../nbs/01a_cohort.ipynb #aebacc99
+# %% ../nbs/01a_cohort.ipynb #aa2ea136
 TASKS = {
     "rest": (),
     "motor": ("motor_left", "motor_right"),
@@ -251,10 +251,10 @@ PATTERNS = {
     "motor_left": (Area(1, "SomMot", (40, -22, 56)),),
     "motor_right": (Area(1, "SomMot", (-40, -22, 56)),),
     "visual": (Area(1, "Vis"),),
-    "memory": (Area(1, "Cont"), Area(0.6, "DorsAttn"), Area(-0.6, "Default")),
     "language": tuple(
         Area(w, None, xyz) for w, xyz in ((1, (-50, 18, 14)), (1, (-56, -40, 4)), (0.6, (-54, -4, -16)))
     ),
+    "memory": (Area(1, "Cont"), Area(0.6, "DorsAttn"), Area(-0.6, "Default")),
     "emotion": (*(Area(1, None, (x, -52, -18)) for x in (40, -40)), Area(0.6, "Limbic")),
 }
 
@@ -575,7 +575,7 @@ def _on_sites(self, bold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 CohortDesign._on_sites = _on_sites
 
-# %% ../nbs/01a_cohort.ipynb #a0725002
+# %% ../nbs/01a_cohort.ipynb #2bdac7e4
 @one_thread
 def make_run(
     design: CohortDesign,
@@ -601,7 +601,12 @@ def make_run(
         session=str(session),
         task=task,
         events=events if len(events) else None,
-        meta={"simulated": True, "unit": "% of the baseline", "seed": design.seed},
+        meta={
+            "simulated": True,
+            "unit": "% of the baseline",
+            "seed": design.seed,
+            "connectivity": parcel_space,
+        },
     )
 
 # %% ../nbs/01a_cohort.ipynb #9a9bf8d6
