@@ -55,3 +55,41 @@ def test_importing_the_package_is_cheap():
     script = "import sys, fmri_book; assert not {'torch', 'nilearn', 'vtk', 'matplotlib'} & set(sys.modules); print(fmri_book.__version__)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == fmri_book.__version__
+
+
+def python(program):
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+@pytest.mark.timeout(120)
+def test_timm_and_torchvision_import_with_any_torch():
+    code, out, err = python("import fmri_book, timm, torchvision; print(timm.create_model('vit_tiny_patch16_224').num_classes)")
+    assert (code, out) == (0, "1000"), err
+
+
+def test_the_door_is_there_once_and_leaves_after_use():
+    program = """
+import sys, fmri_book, importlib
+doors = lambda: sum(type(f).__name__ == "TorchvisionDoor" for f in sys.meta_path)
+importlib.reload(fmri_book); assert doors() == 1
+import json; assert doors() == 1
+import torchvision; assert doors() == 0
+importlib.reload(fmri_book); assert doors() == 0
+"""
+    assert python(program)[0] == 0, python(program)[2]
+
+
+def test_operators_that_exist_are_left_alone():
+    program = """
+import torch
+own = torch.library.Library("torchvision", "FRAGMENT")
+from fmri_book import compat
+own.define("nms" + compat.SIGNATURE)
+compat._loads = lambda folder: True
+assert compat.declare_operators() is False
+compat._loads = lambda folder: False      # one is there, one is missing: no error, only the missing one is added
+compat.declare_operators()
+assert hasattr(torch.ops.torchvision, "nms") and (torch.version.cuda or hasattr(torch.ops.torchvision, "qnms"))
+"""
+    assert python(program)[0] == 0, python(program)[2]
