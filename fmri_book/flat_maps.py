@@ -26,8 +26,9 @@ __all__ = ['TOLERANCE', 'CACHE_VERSION', 'LEAN', 'PUBLISHED', 'NETWORK_COLOURS',
            'flipped_triangles', 'rasterise', 'longest_sides', 'stretch_limit', 'MapReport', 'sound_triangles',
            'weights_matrix', 'cache_key', 'load_arrays', 'project_frames', 'fitting_scale', 'pycortex_stores',
            'pycortex_flat', 'FlatMap', 'show_flat', 'vertex_areas', 'areal_distortion', 'torn_neighbours',
-           'surface_distance', 'label_borders', 'import_pycortex', 'pycortex_subject', 'embedded_page', 'volume_slices',
-           'ThreeViews', 'three_views', 'network_strip', 'draw_three_views', 'save_three_views', 'three_views_player']
+           'surface_distance', 'label_borders', 'import_pycortex', 'pycortex_subject', 'webgl_page', 'embedded_page',
+           'volume_slices', 'ThreeViews', 'three_views', 'network_strip', 'draw_three_views', 'save_three_views',
+           'three_views_player']
 
 # %% ../nbs/02_flat_maps.ipynb #c6d1b25a
 def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -321,8 +322,8 @@ def weights_matrix(
     matrix.sort_indices()
     return matrix
 
-# %% ../nbs/02_flat_maps.ipynb #9c924679
-CACHE_VERSION = 1
+# %% ../nbs/02_flat_maps.ipynb #5b7f26df
+CACHE_VERSION = 2
 
 
 def cache_key(vertices: np.ndarray, faces: np.ndarray, grid: Grid) -> str:
@@ -443,7 +444,7 @@ class _Picture(_Sheet):
         mask[self.pixels] = True
         return mask.reshape(self.height, self.width)
 
-# %% ../nbs/02_flat_maps.ipynb #8fa56a35
+# %% ../nbs/02_flat_maps.ipynb #86daeddf
 class _Products(_Picture):
     @cached_property
     def _products(self) -> dict[tuple[bool, type], sparse.csr_matrix]:
@@ -475,7 +476,7 @@ class _Products(_Picture):
             raise ValueError(
                 f"{self.name}: expected `out` to be a contiguous float32 array of shape {shape}, found {out.dtype} {out.shape}"
             )
-        project_frames(matrix, frames, out.reshape(len(frames), -1), self.seen)
+        project_frames(matrix, frames, out.reshape(len(frames), matrix.shape[0]), self.seen)
         return out
 
 # %% ../nbs/02_flat_maps.ipynb #3d19aba6
@@ -959,12 +960,13 @@ def label_borders(
     border[:-1] |= labels[:-1] != labels[1:]
     return border
 
-# %% ../nbs/02_flat_maps.ipynb #f843f73c
+# %% ../nbs/02_flat_maps.ipynb #f3d4a005
 def import_pycortex(
     store: str | Path | None = None,  # where subjects are kept; default: in the book's cache
 ) -> Any:  # the module `cortex`, looking at that filestore for the rest of the session
     "pycortex with a filestore of its own; your pycortex settings are neither read nor changed."
     from fmri_book.data import cache_dir
+    import contextlib, io
 
     store = Path(store or cache_dir() / "pycortex" / "db").absolute()
     store.mkdir(parents=True, exist_ok=True)
@@ -977,7 +979,8 @@ def import_pycortex(
         before = os.environ.get("XDG_CONFIG_HOME")
         os.environ["XDG_CONFIG_HOME"] = str(settings.parent.parent)
         try:
-            import cortex
+            with contextlib.redirect_stdout(io.StringIO()):
+                import cortex  # it prints about Inkscape
         finally:
             if before is None:
                 del os.environ["XDG_CONFIG_HOME"]
@@ -1033,7 +1036,25 @@ def pycortex_subject(store: str | Path | None = None) -> Path:  # the subject's 
                 raise
     return target
 
-# %% ../nbs/02_flat_maps.ipynb #93ad397a
+# %% ../nbs/02_flat_maps.ipynb #d8333509
+def webgl_page(
+    folder: str | Path,  # the page's files go here
+    views: dict[str, Any],  # title -> cortex.Vertex
+    title: str,
+) -> Path:  # the page
+    "pycortex's viewer as a page that needs a web server but nothing else."
+    import contextlib, io
+    import cortex
+
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        cortex.webgl.make_static(str(folder), views, overlays_visible=(), labels_visible=(), title=title)
+    page = Path(folder) / "index.html"
+    # the viewer looks for a Leap Motion controller on this machine's port 6437; without one, browsers log an error
+    silent = "<script>window.WebSocket=function(){this.close=this.send=function(){}}</script>"
+    page.write_text(page.read_text().replace("<!DOCTYPE html>", "<!DOCTYPE html>" + silent, 1))
+    return page
+
+
 def embedded_page(
     source: str,  # address relative to this page
     div_id: str,  # unique on its page
