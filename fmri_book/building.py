@@ -95,7 +95,7 @@ def _write(path: Path, text: str) -> None:
     os.chmod(name, 0o644)
     os.replace(name, path)
 
-# %% ../nbs/A1_building.ipynb #8f9ef46b
+# %% ../nbs/A1_building.ipynb #6b222135
 def chapter_environment(
     book: Book,
     assets: Path,         # the folder that the chapter may fill
@@ -103,6 +103,7 @@ def chapter_environment(
     "What a chapter finds in its environment while the book is built."
     def before(path, variable): return os.pathsep.join(filter(None, [str(path), os.environ.get(variable)]))
     ours = {"FMRI_BOOK_BUILD": "1", "FMRI_BOOK_ASSETS": str(assets.resolve()), "HF_HUB_OFFLINE": "1",
+            "PYTHONWARNINGS": "ignore:IProgress not found",      # tqdm asks for widgets, which a page cannot show
             "JUPYTER_PATH": before(write_kernel(book.build).resolve(), "JUPYTER_PATH"),
             "IPYTHONDIR": str((book.build / "ipython").resolve()),
             "PYTHONPATH": before(book.root.resolve(), "PYTHONPATH")}

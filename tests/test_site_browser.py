@@ -4,7 +4,7 @@ import io
 import re
 
 import pytest
-from conftest import CHAPTERS, PAGES
+from conftest import CHAPTERS, PAGES, watch
 from PIL import Image, ImageStat
 
 pytestmark = pytest.mark.timeout(120)
@@ -30,6 +30,8 @@ def check(page):
     assert page.eval_on_selector_all("img", blank) == [], "images without a description"
     broken = "imgs => imgs.filter(i => i.loading !== 'lazy' && i.complete && !i.naturalWidth).map(i => i.src)"
     assert page.eval_on_selector_all("img", broken) == []
+    printed = page.locator("main .output.stderr").all_inner_texts()
+    assert [text for text in printed if "Warning" in text] == [], "a cell prints a warning"
     formulas, typeset = page.locator("main .math").count(), page.locator("main mjx-container").count()
     assert (typeset > 0) == (formulas > 0) and page.locator("mjx-merror").count() == 0
     assert page.locator(PLOTS).count() == page.locator(f":is({PLOTS}):has(.main-svg)").count(), "a plotly figure was not drawn"
@@ -72,6 +74,7 @@ class TestPageOverHttp:
             box = canvas.locator("xpath=ancestor::*[.//input[contains(@class, 'fb-slider')]][1]")
             slider, clock = box.locator(".fb-slider").first, box.locator(".fb-time").first
             canvas.scroll_into_view_if_needed()
+            page.wait_for_function("c => c.closest('[data-ready=\"1\"]')", arg=canvas.element_handle())
             before, time_before = canvas.evaluate(PIXELS), clock.inner_text()
             slider.evaluate(TO_THE_MIDDLE)
             page.wait_for_timeout(100)
@@ -127,8 +130,26 @@ def test_search_finds_a_word(open_page, over):
     assert page.wrong == []
 
 
-def test_some_page_shows_mathematics(built_site):
-    assert any('class="math' in (built_site / f"{name}.html").read_text() for name in PAGES)
+@pytest.mark.parametrize("what", ['class="math', "fb-canvas", "Plotly.newPlot", "<img"])
+def test_the_checks_have_something_to_check(built_site, what):
+    assert any(what in (built_site / f"{name}.html").read_text() for name in CHAPTERS)
+
+
+def test_the_watch_sees_what_goes_wrong(browser, tmp_path):
+    faults = {
+        "asks the network": "<img src='https://example.org/x.png'>",
+        "console": "<script>console.error('broken')</script>",
+        "script error": "<script>undefined.x</script>",
+        "failed request": "<script src='missing.js'></script>",
+    }
+    for expected, html in faults.items():
+        (tmp_path / "page.html").write_text(f"<h1>x</h1>{html}")
+        page = browser.new_page()
+        wrong = watch(page, tmp_path.as_uri() + "/")
+        page.goto((tmp_path / "page.html").as_uri())
+        page.wait_for_load_state("networkidle")
+        assert any(line.startswith(expected) for line in wrong), (expected, wrong)
+        page.close()
 
 
 def test_previous_and_next_lead_through_the_book(built_site):
