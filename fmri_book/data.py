@@ -23,7 +23,8 @@ __all__ = ['SITE_NOUNS', 'NETWORKS', 'PARCEL_COUNTS', 'SPACES', 'N_LEFT', 'packa
            'surface_mesh', 'parcel_networks', 'parcel_names', 'Run', 'check_tr', 'load_example_run', 'zscore',
            'framewise_displacement', 'carpet', 'clean_bold', 'resample_bold', 'connectivity', 'sulcal_depth', 'unit',
            'in_mni152', 'fsaverage5_on_fslr_sphere', 'Transfer', 'parcellation', 'transfer', 'group_connectivity',
-           'network_ticks', 'show_connectivity', 'seed_correlation', 'correlation_factors', 'apart', 'seed_explorer']
+           'network_ticks', 'show_connectivity', 'seed_correlation', 'correlation_factors', 'in_bytes', 'apart',
+           'seed_explorer']
 
 # %% ../nbs/01_data.ipynb #2b62fbf7
 def package_file(
@@ -50,7 +51,19 @@ def cache_dir() -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/01_data.ipynb #96dbd08d
+# %% ../nbs/01_data.ipynb #390311de
+SITE_NOUNS = {"surface": "vertices", "parcels": "parcels", "volume": "voxels"}
+NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
+PARCEL_COUNTS = (100, 200, 300, 400, 1000)
+SPACES = (
+    "fsaverage5",
+    "fsLR_32k",
+    *(f"schaefer{n}" for n in PARCEL_COUNTS),
+    "MNI152NLin6Asym_2mm",
+    "MNI152NLin6Asym_4mm",
+)
+
+# %% ../nbs/01_data.ipynb #2f46367f
 @dataclass(frozen=True, eq=False)
 class Space:
     "Where the sites of a run are: their number, order, names, coordinates and side. Get one by `Space.named`."
@@ -72,16 +85,15 @@ class Space:
         if self.names is None:
             object.__setattr__(self, "names", np.array([f"{h}{i}" for i, h in enumerate(self.hemisphere)]))
         for key in ("hemisphere", "network", "cortex", "names"):
-            if len(getattr(self, key)) != n:
-                raise ValueError(
-                    f"{self.name}: expected {n} entries in '{key}', found {len(getattr(self, key))}"
-                )
+            if (found := len(getattr(self, key))) != n:
+                raise ValueError(f"{self.name}: expected {n} entries in '{key}', found {found}")
         self._check_sides()
+        for value in vars(self).values():  # spaces are shared by everyone: nobody may write into them
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
 
-    @property
-    def n_sites(self) -> int:
-        "Number of sites."
-        return len(self.coords)
+    def __repr__(self) -> str:
+        return f"Space({self.name}: {self.n_sites} {SITE_NOUNS[self.kind]}, {sum(~self.cortex)} outside the cortex, {self.reference} mm)"
 
     @staticmethod
     def named(name: str) -> Space:
@@ -90,23 +102,13 @@ class Space:
             raise ValueError(f"unknown space '{name}': expected one of {', '.join(SPACES)}")
         return _build_space(name)
 
-    def __repr__(self):
-        outside = int((~self.cortex).sum())
-        return f"Space({self.name}: {self.n_sites} {SITE_NOUNS[self.kind]}, {outside} outside the cortex, {self.reference} mm)"
+# %% ../nbs/01_data.ipynb #f2c47e62
+@patch(as_prop=True)
+def n_sites(self: Space) -> int:
+    "Number of sites."
+    return len(self.coords)
 
 
-SITE_NOUNS = {"surface": "vertices", "parcels": "parcels", "volume": "voxels"}
-NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
-PARCEL_COUNTS = (100, 200, 300, 400, 1000)
-SPACES = (
-    "fsaverage5",
-    "fsLR_32k",
-    *(f"schaefer{n}" for n in PARCEL_COUNTS),
-    "MNI152NLin6Asym_2mm",
-    "MNI152NLin6Asym_4mm",
-)
-
-# %% ../nbs/01_data.ipynb #cb724e54
 @patch
 def _check_sides(self: Space):
     "Left must be left: the mean x of each hemisphere tells a mirrored space from a correct one."
@@ -121,7 +123,7 @@ def _check_sides(self: Space):
             f"{self.name}: expected all left sites before all right sites, found them mixed or reversed"
         )
 
-# %% ../nbs/01_data.ipynb #8a09aedd
+# %% ../nbs/01_data.ipynb #dc6bb405
 class Mesh(NamedTuple):
     "A surface of both hemispheres: left vertices first, then right."
 
@@ -141,7 +143,7 @@ _HCP_KINDS = {
     "flat": "flat",
 }
 
-
+# %% ../nbs/01_data.ipynb #5c2bb79f
 def _read_gifti(path: Path) -> list[np.ndarray]:
     import nibabel as nib
 
@@ -173,11 +175,11 @@ def surface_mesh(
             )
         sides.append(_read_gifti(path))
     (left_xyz, left_faces), (right_xyz, right_faces) = sides
-    return Mesh(
-        np.concatenate([left_xyz, right_xyz]).astype(np.float32),
-        np.concatenate([left_faces, right_faces + len(left_xyz)]).astype(np.int32),
-        len(left_xyz),
-    )
+    coords = np.concatenate([left_xyz, right_xyz]).astype(np.float32)
+    faces = np.concatenate([left_faces, right_faces + len(left_xyz)]).astype(np.int32)
+    for array in (coords, faces):
+        array.setflags(write=False)  # cached and shared
+    return Mesh(coords, faces, len(left_xyz))
 
 # %% ../nbs/01_data.ipynb #c4bdca76
 @cache
@@ -241,7 +243,12 @@ def _schaefer_fslr(n: int) -> np.ndarray:
         package_file("brainspace", "datasets", "parcellations", f"schaefer_{n}_conte69.csv"), dtype=np.int32
     )
 
-# %% ../nbs/01_data.ipynb #4b2e713b
+# %% ../nbs/01_data.ipynb #eb6990ba
+def _cortical_labels(n: int) -> np.ndarray:
+    "Schaefer labels on fsLR_32k, 0 on the medial wall."
+    return np.where(_cortex("fsLR_32k"), _schaefer_fslr(n), 0)
+
+# %% ../nbs/01_data.ipynb #231a0908
 _GRID = {"MNI152NLin6Asym_2mm": ((91, 109, 91), 2.0), "MNI152NLin6Asym_4mm": ((45, 54, 45), 4.0)}
 
 
@@ -263,10 +270,10 @@ def _volume_space(name: str) -> Space:
     keep = np.flatnonzero(
         map_coordinates(np.asarray(grey.dataobj, np.float32), in_grey, order=1) / 255 >= 0.5
     )
-    middle = surface_mesh("fsLR_32k")
-    distance, vertex = cKDTree(middle.coords).query(coords[keep], distance_upper_bound=4.0)
+    middle, cortex = surface_mesh("fsLR_32k"), np.flatnonzero(_cortex("fsLR_32k"))
+    distance, vertex = cKDTree(middle.coords[cortex]).query(coords[keep], distance_upper_bound=4.0)
     keep, vertex = keep[np.isfinite(distance)], vertex[np.isfinite(distance)]
-    side = np.where(vertex < middle.n_left, "L", "R")
+    side = np.where(cortex[vertex] < middle.n_left, "L", "R")
     return Space(
         name,
         "volume",
@@ -280,7 +287,7 @@ def _volume_space(name: str) -> Space:
         voxels=voxels[keep],
     )
 
-# %% ../nbs/01_data.ipynb #45c62902
+# %% ../nbs/01_data.ipynb #4c4acdf3
 @cache
 def _build_space(name: str) -> Space:
     if name in _GRID:
@@ -291,7 +298,7 @@ def _build_space(name: str) -> Space:
         reference = "MNI305" if name == "fsaverage5" else "MNI152"
         return Space(name, "surface", mesh.coords, side, np.full(len(side), ""), _cortex(name), reference)
     n = int(name.removeprefix("schaefer"))
-    labels, xyz = _schaefer_fslr(n), surface_mesh("fsLR_32k").coords
+    labels, xyz = _cortical_labels(n), surface_mesh("fsLR_32k").coords
     present = np.bincount(labels, minlength=n + 1)[1:] > 0
     coords = np.full((n, 3), np.nan, np.float32)  # a parcel without a vertex has no place
     for k in np.flatnonzero(present):
@@ -307,12 +314,12 @@ def _build_space(name: str) -> Space:
         names=parcel_names(n),
     )
 
-# %% ../nbs/01_data.ipynb #3b0a8500
-@dataclass
+# %% ../nbs/01_data.ipynb #af7f355e
+@dataclass(eq=False)
 class Run:
     "One scan: BOLD as (time, sites), with its repetition time and the space its sites live in."
 
-    bold: np.ndarray  # (time, sites); kept as float32
+    bold: np.ndarray  # (time, sites); kept as float32, not copied if it already is
     tr: float  # repetition time in seconds
     space: str  # a name in SPACES
     subject: str = ""
@@ -324,7 +331,9 @@ class Run:
     allow_constant: int = 0  # how many constant sites inside the cortex are acceptable
 
     def __post_init__(self):
-        self.bold = np.asarray(self.bold, np.float32)
+        if np.iscomplexobj(self.bold):
+            raise ValueError(f"{self.label}: expected real numbers, found {np.asarray(self.bold).dtype}")
+        self.bold, self.subject = np.asarray(self.bold, np.float32), str(self.subject).removeprefix("sub-")
         where, space = self.label, Space.named(self.space)
         if self.bold.ndim != 2 or self.bold.shape[1] != space.n_sites:
             raise ValueError(
@@ -345,12 +354,14 @@ class Run:
         size = f"{self.n_frames} frames × {self.bold.shape[1]} {SITE_NOUNS[self.sites.kind]}"
         return f"Run({self.label}: {size}, TR {self.tr:g} s, {self.space})"
 
-# %% ../nbs/01_data.ipynb #d2d92a69
+# %% ../nbs/01_data.ipynb #990d4597
 @patch
 def _check_table(self: Run, name: str, where: str):
     table = getattr(self, name)
     if table is None:
         return
+    if not hasattr(table, "columns"):
+        raise ValueError(f"{where}: expected {name} as a pandas DataFrame, found {type(table).__name__}")
     if name == "confounds" and len(table) != len(self.bold):
         raise ValueError(
             f"{where}: expected confounds with {len(self.bold)} rows, one for each frame, found {len(table)}"
@@ -403,7 +414,7 @@ def duration(self: Run) -> float:
     "Length of the run in seconds."
     return self.n_frames * self.tr
 
-# %% ../nbs/01_data.ipynb #289b4e58
+# %% ../nbs/01_data.ipynb #cfad72d7
 def check_tr(tr: float, where: str = "run") -> float:
     "A repetition time in seconds, or an error that says what was found instead."
     import numbers
@@ -413,6 +424,10 @@ def check_tr(tr: float, where: str = "run") -> float:
     if tr > 30:
         raise ValueError(
             f"{where}: expected a repetition time (TR) in seconds, found {tr:g}: is that milliseconds?"
+        )
+    if tr < 0.05:
+        raise ValueError(
+            f"{where}: expected a repetition time (TR) in seconds, found {tr:g}: no scanner is that fast"
         )
     return float(tr)
 
@@ -456,13 +471,12 @@ def load_example_run() -> Run:
         meta={"source": "LEMON, shipped by brainspace", "tr_in_header": 1.0},
     )
 
-# %% ../nbs/01_data.ipynb #06d00f2b
+# %% ../nbs/01_data.ipynb #284a615a
 def zscore(
     bold: np.ndarray,  # (time, sites)
 ) -> np.ndarray:  # (time, sites) float32: mean 0 and SD 1 over time at each site; constant sites become 0
     "Each site in units of its own standard deviation (statistics in float64, biased SD)."
-    mean = bold.mean(0, dtype=np.float64).astype(np.float32)
-    centred = bold - mean
+    centred = np.subtract(bold, bold.mean(0, dtype=np.float64), dtype=np.float32, casting="same_kind")
     sd = np.sqrt(np.einsum("ts,ts->s", centred, centred, dtype=np.float64) / len(bold)).astype(np.float32)
     constant = np.ptp(bold, axis=0) == 0
     centred /= np.where(constant, 1, sd)
@@ -481,7 +495,7 @@ def framewise_displacement(
     steps = np.abs(np.diff(confounds[columns].to_numpy(), axis=0))
     return np.concatenate([[0], steps[:, :3].sum(1) + radius * steps[:, 3:].sum(1)])
 
-# %% ../nbs/01_data.ipynb #608ea412
+# %% ../nbs/01_data.ipynb #82b395e7
 def carpet(
     run: Run,
     rows: int = 900,  # how many sites to draw, evenly spaced in the order of the space
@@ -495,7 +509,17 @@ def carpet(
     if run.confounds is not None:
         top.plot(np.arange(run.n_frames) * run.tr, framewise_displacement(run.confounds), lw=0.8)
         marked = run.confounds.filter(like="outlier").to_numpy().any(1)
-        top.plot(np.flatnonzero(marked) * run.tr, np.full(marked.sum(), 1.15), "v", color="#c2553a", ms=5)
+        top.plot(
+            np.flatnonzero(marked) * run.tr,
+            np.ones(marked.sum()),
+            "v",
+            color="#c2553a",
+            ms=5,
+            clip_on=False,
+            transform=top.get_xaxis_transform(),
+            label="marked as outlier by the study",
+        )
+        top.legend(loc="upper left", fontsize=8, bbox_to_anchor=(0, 1.5))
     top.set_ylabel("motion\n(mm)")
     image = main.imshow(
         zscore(run.bold[:, shown]).T,
@@ -511,7 +535,7 @@ def carpet(
     fig.colorbar(image, ax=main, label="z", shrink=0.8)
     return fig
 
-# %% ../nbs/01_data.ipynb #e47e3b3f
+# %% ../nbs/01_data.ipynb #2574ef02
 def clean_bold(
     bold: np.ndarray,  # (time, sites)
     tr: float,  # seconds
@@ -525,6 +549,13 @@ def clean_bold(
     from tqdm import tqdm
 
     tr, nyquist = check_tr(tr), 0.5 / tr
+    frames, columns = len(bold), 0 if confounds is None else np.shape(confounds)[1]
+    if columns >= frames - 2:
+        raise ValueError(
+            f"expected fewer confounds than frames, found {columns} confounds for {frames} frames: nothing would be left"
+        )
+    if (high_pass or low_pass) and frames < 40:
+        raise ValueError(f"expected at least 40 frames to filter, found {frames}")
     for name, cut in (("high_pass", high_pass), ("low_pass", low_pass)):
         if cut is not None and not 0 < cut < nyquist:
             raise ValueError(
@@ -545,7 +576,12 @@ def clean_bold(
         )
     return out
 
-# %% ../nbs/01_data.ipynb #d7773944
+# %% ../nbs/01_data.ipynb #e6f9427a
+def _history(run: Run, step: str, **facts) -> dict:
+    "The run's meta with one more entry in its history."
+    return run.meta | {"history": [*run.meta.get("history", []), {"step": step, **facts}]}
+
+
 @patch
 def clean(
     self: Run,
@@ -554,29 +590,46 @@ def clean(
     low_pass: float | None = 0.1,  # Hz; None: no low-pass
 ) -> Run:
     "The run without its confounds, inside a frequency band. The confounds are used up and not carried on."
-    if confounds is not None and self.confounds is None:
+    names = [] if confounds is None else self._confound_columns(confounds)
+    values = self.confounds[names].to_numpy(float) if names else None
+    bold = clean_bold(self.bold, self.tr, values, high_pass, low_pass)
+    return self.replace(
+        bold=bold,
+        confounds=None,
+        meta=_history(self, "clean", confounds=names, high_pass=high_pass, low_pass=low_pass),
+    )
+
+# %% ../nbs/01_data.ipynb #a0168be0
+@patch
+def _confound_columns(self: Run, wanted) -> list[str]:
+    if self.confounds is None:
         raise ValueError(
             f"{self.label}: expected confounds to regress out, found none in the run (pass confounds=None to filter only)"
         )
-    table = None if confounds is None else self.confounds if confounds == "all" else self.confounds[confounds]
-    bold = clean_bold(self.bold, self.tr, None if table is None else table.to_numpy(), high_pass, low_pass)
-    done = {"confounds": [] if table is None else list(table), "high_pass": high_pass, "low_pass": low_pass}
-    return self.replace(bold=bold, confounds=None, meta=self.meta | {"cleaned": done})
+    names = list(self.confounds) if isinstance(wanted, str) and wanted == "all" else list(wanted)
+    if unknown := [c for c in names if c not in self.confounds]:
+        raise ValueError(f"{self.label}: expected confounds among {list(self.confounds)}, found {unknown}")
+    if holes := [c for c in names if not np.isfinite(self.confounds[c].to_numpy(float)).all()]:
+        raise ValueError(
+            f"{self.label}: expected finite confounds, found NaN in {holes}; derivatives have one in the first frame: "
+            "fill it with 0 or leave the column out"
+        )
+    return names
 
 
 @patch
 def zscore(self: Run) -> Run:  # noqa: F811 (a method beside the function)
     "The run with each site in units of its own standard deviation."
-    return self.replace(bold=zscore(self.bold))
+    return self.replace(bold=zscore(self.bold), meta=_history(self, "zscore"))
 
-# %% ../nbs/01_data.ipynb #a29ce129
+# %% ../nbs/01_data.ipynb #8486abbe
 def resample_bold(
     bold: np.ndarray,  # (time, sites)
     tr: float,  # seconds
     new_tr: float = 1.0,  # seconds
-    match_original: bool = False,  # True: the published pipelines' number of frames, the last ones extrapolated
+    match_original: bool = False,  # True: as published (frames after the scan's end, mean scaled by the filter)
     block: int = 4096,  # sites at a time
-) -> np.ndarray:  # (new time, sites), dtype of the input
+) -> np.ndarray:  # (new time, sites), dtype of the input (float32 for whole numbers)
     "Change the repetition time: low-pass first when slowing down, then PCHIP interpolation at 0, new_tr, 2·new_tr …"
     from scipy.interpolate import PchipInterpolator
     from scipy.signal import cheby1, sosfiltfilt
@@ -588,29 +641,36 @@ def resample_bold(
     count = int(tr * len(bold) / new_tr) if match_original else int(last / new_tr + 1e-9) + 1
     new_times = np.arange(count) * new_tr
     sos = cheby1(8, 0.05, 0.8 / slower, output="sos") if slower > 1 else None
-    out = np.empty((count, bold.shape[1]), bold.dtype)
+    if sos is not None and len(bold) < 30:
+        raise ValueError(f"expected at least 30 frames to slow a run down, found {len(bold)}")
+    out = np.empty((count, bold.shape[1]), bold.dtype if bold.dtype.kind == "f" else np.float32)
     for start in range(0, bold.shape[1], block):
         part = np.asarray(bold[:, start : start + block], np.float64)
-        if sos is not None:
-            part = sosfiltfilt(sos, part, axis=0, padtype="even")
+        if (
+            sos is not None
+        ):  # a Chebyshev filter of even order passes a constant 0.05 dB too small, here twice
+            mean = 0.0 if match_original else part.mean(0)
+            part = sosfiltfilt(sos, part - mean, axis=0, padtype="even") + mean
         out[:, start : start + block] = PchipInterpolator(np.arange(len(bold)) * tr, part)(new_times)
     return out
 
-# %% ../nbs/01_data.ipynb #43dcc8d0
+# %% ../nbs/01_data.ipynb #4f55f9cd
 @patch
 def resample(
     self: Run,
     tr: float = 1.0,  # seconds
     match_original: bool = False,
 ) -> Run:
-    "The run at another repetition time. Confounds, if any are left, are resampled in the same way; events are in seconds and stay."
+    """The run at another repetition time. Events are in seconds and stay.
+
+    Confounds, if any are left, are resampled in the same way, which smears single-frame columns: clean first."""
     bold = resample_bold(self.bold, self.tr, tr, match_original)
     confounds = self.confounds
     if confounds is not None:
         values = resample_bold(confounds.to_numpy(dtype=float), self.tr, tr, match_original)
         confounds = type(confounds)(values, columns=confounds.columns)
     return self.replace(
-        bold=bold, tr=tr, confounds=confounds, meta=self.meta | {"resampled_from_tr": self.tr}
+        bold=bold, tr=tr, confounds=confounds, meta=_history(self, "resample", from_tr=self.tr, to_tr=tr)
     )
 
 # %% ../nbs/01_data.ipynb #07629dd5
@@ -700,19 +760,19 @@ def fsaverage5_on_fslr_sphere() -> np.ndarray:  # (20484, 3) on the unit sphere
         placed[a] = unit(design @ np.linalg.lstsq(design, rough, rcond=None)[0])
     return placed
 
-# %% ../nbs/01_data.ipynb #c240a386
+# %% ../nbs/01_data.ipynb #aa1afa09
 class Transfer(NamedTuple):
     "How to carry values from one space to another: `matrix @ values`, and what is known about the loss."
 
     source: str
     target: str
     matrix: csr_matrix  # (target sites, source sites); rows sum to 1, or to 0 where nothing can be known
-    exact: bool  # False: the labels or positions were matched, not given
+    exact: bool  # True: the labels are given by the atlas; False: labels or positions were matched
     note: str  # how it was made
 
     @property
     def unreached(self) -> np.ndarray:
-        "Target sites inside the cortex that receive nothing."
+        "Target sites inside the cortex that receive nothing from any source."
         reached = np.diff(self.matrix.indptr) > 0
         return np.flatnonzero(~reached & Space.named(self.target).cortex)
 
@@ -741,7 +801,7 @@ def _by_distance(target_xyz, source_xyz, coarser: bool):
         for a, b in zip((owner, np.arange(len(owner)), np.ones(len(owner))), near)
     )
 
-# %% ../nbs/01_data.ipynb #9ac4fd8a
+# %% ../nbs/01_data.ipynb #ccb1693e
 def _dense_transfer(source: str, target: str) -> csr_matrix:
     "Between surfaces and volumes, by position."
     a, b = Space.named(source), Space.named(target)
@@ -761,14 +821,14 @@ def _dense_transfer(source: str, target: str) -> csr_matrix:
     t, s, w = (np.concatenate(x) for x in zip(*entries))
     return _rows(t, s, w, (b.n_sites, a.n_sites))
 
-
+# %% ../nbs/01_data.ipynb #564ad9c2
 @cache
 def parcellation(
     n: int,  # 100, 200, 300, 400 or 1000
     space: str = "fsLR_32k",  # a surface or volume space
 ) -> np.ndarray:  # (sites,) int32: 1..n, 0 where there is no parcel
     "Schaefer labels (7-network order). Exact on fsLR_32k; elsewhere carried there from the nearest labelled vertex."
-    labels = _schaefer_fslr(n)
+    labels = _schaefer_fslr(n)  # as published, also where it overlaps the medial wall
     here = Space.named(space)
     if here.kind == "parcels":
         raise ValueError(f"expected a surface or volume space, found '{space}'")
@@ -782,14 +842,13 @@ def parcellation(
     )
     out = np.zeros(here.n_sites, np.int32)
     for side in "LR":
-        i, j = (
-            np.flatnonzero((fslr.hemisphere == side) & (labels > 0)),
-            np.flatnonzero((here.hemisphere == side) & here.cortex),
-        )
+        i = np.flatnonzero((fslr.hemisphere == side) & (labels > 0) & fslr.cortex)
+        j = np.flatnonzero((here.hemisphere == side) & here.cortex)
         out[j] = labels[i][_nearest(b_xyz[j], a_xyz[i])]
+    out.setflags(write=False)
     return out
 
-# %% ../nbs/01_data.ipynb #cbfbe185
+# %% ../nbs/01_data.ipynb #0c688936
 @lru_cache(maxsize=32)
 def transfer(source: str, target: str) -> Transfer:
     "How values travel from one named space to another."
@@ -798,64 +857,66 @@ def transfer(source: str, target: str) -> Transfer:
         raise ValueError(f"expected two different spaces, found '{source}' twice")
     if a.kind == b.kind == "parcels":
         there, back = transfer(source, "fsLR_32k"), transfer("fsLR_32k", target)
+        both = (
+            back.matrix @ there.matrix
+        ).tocoo()  # a vertex without a source parcel must not count: rows sum to 1 again
         return Transfer(
             source,
             target,
-            (back.matrix @ there.matrix).tocsr(),
+            _rows(both.row, both.col, both.data, both.shape),
             False,
             "painted on fsLR_32k and averaged again",
         )
-    if "parcels" not in (a.kind, b.kind):
-        how = (
-            "on the fsLR sphere, by a fitted linear map"
-            if a.kind == b.kind == "surface"
-            else "by position in MNI152 millimetres"
-        )
-        return Transfer(source, target, _dense_transfer(source, target), False, how)
+    if "parcels" in (a.kind, b.kind):
+        return _parcel_transfer(a, b)
+    how = (
+        "on the fsLR sphere, by a fitted linear map"
+        if a.kind == b.kind == "surface"
+        else "by position in MNI152 millimetres"
+    )
+    return Transfer(source, target, _dense_transfer(source, target), False, how)
+
+# %% ../nbs/01_data.ipynb #9d0e1a8d
+def _parcel_transfer(a: Space, b: Space) -> Transfer:
+    "The mean over each parcel, or a parcel's value painted on its sites; cortical sites only."
     parcels, dense = (a, b) if a.kind == "parcels" else (b, a)
     labels = parcellation(parcels.n_sites, dense.name)
-    site = np.flatnonzero(labels)
+    site = np.flatnonzero((labels > 0) & dense.cortex)
     exact = dense.name == "fsLR_32k"
     note = "labels given on fsLR_32k" if exact else "labels carried from fsLR_32k to the nearest site"
-    if dense is a:
-        return Transfer(
-            source,
-            target,
-            _rows(labels[site] - 1, site, np.ones(len(site)), (b.n_sites, a.n_sites)),
-            exact,
-            f"mean over the parcel; {note}",
-        )
+    averaging = dense is a
+    rows, columns = (labels[site] - 1, site) if averaging else (site, labels[site] - 1)
+    matrix = _rows(rows, columns, np.ones(len(site)), (b.n_sites, a.n_sites))
     return Transfer(
-        source,
-        target,
-        _rows(site, labels[site] - 1, np.ones(len(site)), (b.n_sites, a.n_sites)),
+        a.name,
+        b.name,
+        matrix,
         exact,
-        f"parcel's value painted on its sites; {note}",
+        f"{'mean over the parcel' if averaging else 'value of the parcel painted on its sites'}; {note}",
     )
 
-# %% ../nbs/01_data.ipynb #d6875e72
+# %% ../nbs/01_data.ipynb #67348a98
 @patch
 def to(
     self: Run,
     space: str,  # a name in SPACES
 ) -> Run:
-    "The run in another space. `meta['transfers']` records each trip, whether it was exact, and which sites it could not reach."
+    "The run in another space. Its history records each trip, whether labels were given or matched, and the sites left at zero."
     if space == self.space:
         return self
     trip = transfer(self.space, space)
+    alive = np.ptp(self.bold, axis=0) > 0
+    silent = np.flatnonzero(Space.named(space).cortex & (trip.matrix @ alive.astype(np.float32) == 0))
     bold = np.ascontiguousarray((trip.matrix @ self.bold.T).T)
-    record = {
+    facts = {
         "from": self.space,
         "to": space,
         "exact": trip.exact,
         "note": trip.note,
-        "unreached_sites": trip.unreached.tolist(),
+        "silent_sites": silent.tolist(),
     }
     return self.replace(
-        bold=bold,
-        space=space,
-        allow_constant=self.allow_constant + len(trip.unreached),
-        meta=self.meta | {"transfers": [*self.meta.get("transfers", []), record]},
+        bold=bold, space=space, allow_constant=len(silent), meta=_history(self, "to", **facts)
     )
 
 # %% ../nbs/01_data.ipynb #0bf4ef87
@@ -879,7 +940,7 @@ def group_connectivity(
         delimiter=",",
     )
 
-# %% ../nbs/01_data.ipynb #4d353bf3
+# %% ../nbs/01_data.ipynb #178b0e06
 def network_ticks(space: str) -> tuple[list[float], list[str], list[int]]:
     "Where each network's block lies among the parcels: middles, names, and borders."
     networks = Space.named(space).network
@@ -891,24 +952,24 @@ def show_connectivity(ax, matrix: np.ndarray, space: str, title: str, limit: flo
     "A connectivity matrix with its networks named, on matplotlib axes."
     middles, names, borders = network_ticks(space)
     image = ax.imshow(matrix, vmin=-limit, vmax=limit, cmap="book_diverging", interpolation="nearest")
-    for b in borders:
-        ax.axhline(b - 0.5, lw=0.3, color="k")
-        ax.axvline(b - 0.5, lw=0.3, color="k")
     half = len(matrix) / 2
+    for b in borders:
+        ax.axhline(b - 0.5, lw=1.2 if b == half else 0.3, color="k")
+        ax.axvline(b - 0.5, lw=1.2 if b == half else 0.3, color="k")
     ax.set(title=title, xticks=[half / 2, 1.5 * half], xticklabels=["left", "right"], yticks=middles)
     ax.set_yticklabels(names, fontsize=7)
     return image
 
-# %% ../nbs/01_data.ipynb #b8f53f93
+# %% ../nbs/01_data.ipynb #13ee6e92
 def seed_correlation(
     bold: np.ndarray,  # (time, sites)
     seed: int,  # site number
-) -> np.ndarray:  # (sites,) float32; NaN at constant sites
+) -> np.ndarray:  # (sites,) float32; NaN at constant sites, and everywhere if the seed is constant
     "Correlation of one site with all sites."
     z = zscore(bold)
     r = z.T @ z[:, seed] / len(z)
     r[~z.any(0)] = np.nan
-    return r
+    return r if z[:, seed].any() else np.full_like(r, np.nan)
 
 
 def correlation_factors(
@@ -922,7 +983,14 @@ def correlation_factors(
     length = np.linalg.norm(factors, axis=1, keepdims=True)
     return factors / np.where(length > 0, length, 1)
 
-# %% ../nbs/01_data.ipynb #f0ffe1b6
+
+def in_bytes(
+    factors: np.ndarray,
+) -> np.ndarray:  # (sites, rank) -> int8, each row scaled to use the whole range
+    "The factors in one byte each, as the page carries them; a row's own length is taken out again when it is used."
+    return np.round(factors / np.abs(factors).max(1, keepdims=True).clip(1e-9) * 127).astype(np.int8)
+
+# %% ../nbs/01_data.ipynb #318fedaa
 _EXPLORER = """
 <label style="display:block;margin:.3em 0">seed <select class="fb-seeds" id="%(id)s-seeds">%(options)s</select>
 <span id="%(id)s-label" aria-live="polite" style="margin-left:.6em;font-size:.9em"></span></label>
@@ -933,7 +1001,7 @@ for(let i=0;i<N;i++){let s=0;for(let k=0;k<K;k++)s+=f[i*K+k]**2;size[i]=Math.sqr
 function select(v){const r=new Float32Array(N);
 for(let i=0;i<N;i++){let s=0;for(let k=0;k<K;k++)s+=f[i*K+k]*f[v*K+k];r[i]=s/size[i]/size[v]}
 const m=plot._fullData[0];Plotly.restyle(plot,{intensity:[r]},[0]);
-Plotly.restyle(plot,{x:[[m.x[v]]],y:[[m.y[v]]],z:[[m.z[v]]]},[1]);
+Plotly.restyle(plot,{x:[[m.x[v]]],y:[[m.y[v]]],z:[[m.z[v]]]},[plot.data.length-1]);
 label.textContent="vertex "+(v<%(n_left)d?"L"+v:"R"+v);plot.dataset.seed=v}
 menu.onchange=()=>select(+menu.value);
 // plotly only reports clicks within 5 pixels of a vertex, so remember what is under the pointer and watch for a press without a drag
@@ -953,7 +1021,7 @@ def apart(mesh: Mesh, gap: float = 8.0) -> Mesh:
     xyz[n:, 0] -= xyz[n:, 0].min() - gap / 2
     return mesh._replace(coords=xyz)
 
-# %% ../nbs/01_data.ipynb #c8e186a3
+# %% ../nbs/01_data.ipynb #ab8f38fa
 def seed_explorer(
     run: Run,  # on a surface space
     seeds: dict[str, int],  # name -> vertex, for the menu
@@ -971,26 +1039,27 @@ def seed_explorer(
         raise ValueError(f"expected a run on a surface ({' or '.join(N_LEFT)}), found '{run.space}'")
     mesh, factors = apart(surface_mesh(run.space, "inflated")), correlation_factors(run.bold, rank)
     first = next(iter(seeds.values()))
-    fig = surface_figure(factors @ factors[first], mesh.coords.round(1), mesh.faces, limit=0.8, unit="r")
-    fig.data[0].update(hoverinfo="none")
+    values = np.where(np.ptp(run.bold, axis=0) > 0, factors @ factors[first], np.nan)
+    fig = surface_figure(values, mesh.coords.round(1), mesh.faces, limit=0.8, unit="r")
+    fig.data[0].update(hoverinfo="none", lighting=dict(ambient=0.8, diffuse=0.35, specular=0.02))
+    fig.update_layout(scene_camera=dict(eye=dict(x=0, y=-1.5, z=1.35)))
     x, y, z = mesh.coords[first]
     fig.add_trace(
         go.Scatter3d(
             x=[x], y=[y], z=[z], mode="markers", marker=dict(size=6, color="black"), hoverinfo="skip"
         )
     )
-    packed = np.round(factors / np.abs(factors).max(1, keepdims=True).clip(1e-9) * 127).astype(np.int8)
     options = "".join(f'<option value="{v}">{name}</option>' for name, v in seeds.items())
     script = _EXPLORER % dict(
         id=div_id,
         options=options,
         rank=rank,
         n_left=mesh.n_left,
-        data=base64.b64encode(packed.tobytes()).decode(),
+        data=base64.b64encode(in_bytes(factors).tobytes()).decode(),
     )
     return HTML(plotly_html(fig, div_id, alt, height=460).data + script)
 
-# %% ../nbs/01_data.ipynb #db3857b4
+# %% ../nbs/01_data.ipynb #7d29e62b
 @patch
 def to_grid(
     self: Space,
@@ -1001,6 +1070,8 @@ def to_grid(
     if self.kind != "volume":
         raise ValueError(f"expected a volume space, found '{self.name}' ({self.kind})")
     values = np.asarray(values)
+    if values.dtype.kind != "f" and not float(outside).is_integer():
+        values = values.astype(np.float32)
     if values.shape[-1] != self.n_sites:
         raise ValueError(
             f"{self.name}: expected {self.n_sites} voxels in the last axis, found {values.shape[-1]}"

@@ -84,7 +84,7 @@ def plotly_scale(name: str = DIVERGING, n: int = 33) -> list[list]:
         [i / (n - 1), "rgb({},{},{})".format(*(255 * c).round().astype(int))] for i, c in enumerate(colours)
     ]
 
-# %% ../nbs/00_figures.ipynb #9d423a8b
+# %% ../nbs/00_figures.ipynb #3bb11b5c
 def use_book_style() -> None:
     "Sizes, fonts and colours for matplotlib figures; call it once at the top of a chapter."
     import matplotlib as mpl
@@ -110,7 +110,7 @@ def use_book_style() -> None:
         }
     )
 
-
+# %% ../nbs/00_figures.ipynb #80db8cb4
 def show(
     fig: Figure,  # it is closed afterwards
     alt: str,  # what the figure shows, for readers who cannot see it
@@ -126,14 +126,16 @@ def show(
         )
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", bbox_inches="tight")
-    size = f"width:{width}px;" if width else ""
+    natural = int(fig.get_figwidth() * 96)
+    size = (
+        f"width:{width}px;" if width else f"min-width:{min(natural, 540)}px;"
+    )  # a phone scrolls sideways rather than shrink labels to dots
     plt.close(fig)
     data = base64.b64encode(_smaller(buffer.getvalue())).decode()
-    return HTML(
-        f'<img class="fb-figure" alt="{_escape(alt)}" style="{size}max-width:100%" src="data:image/png;base64,{data}">'
-    )
+    image = f'<img class="fb-figure" alt="{_escape(alt)}" style="{size}max-width:100%" src="data:image/png;base64,{data}">'
+    return HTML(f'<div class="fb-scroll" style="overflow-x:auto">{image}</div>')
 
-
+# %% ../nbs/00_figures.ipynb #3dfedc26
 def _smaller(png: bytes, limit: int = 250_000) -> bytes:
     "A large PNG with its colours reduced to the 256 that fit it best: pages stay light."
     from PIL import Image
@@ -147,12 +149,18 @@ def _smaller(png: bytes, limit: int = 250_000) -> bytes:
     return buffer.getvalue()
 
 
+def _limit(values: np.ndarray) -> float:
+    "A symmetric range that shows 99 % of the values; 1 where there is nothing to show."
+    size = np.abs(values[np.isfinite(values)])
+    return (float(np.percentile(size, 99)) if size.size else 0.0) or 1.0
+
+
 def _escape(text: str) -> str:
     import html
 
     return html.escape(" ".join(text.split()), quote=True)
 
-# %% ../nbs/00_figures.ipynb #29b28a19
+# %% ../nbs/00_figures.ipynb #4a456006
 def in_book() -> bool:
     "True while the book is being built: scripts then come from the site's own folder."
     return os.environ.get("FMRI_BOOK_BUILD") == "1"
@@ -173,7 +181,7 @@ def plotly_html(
         )
     fig.update_layout(
         height=height,
-        margin=dict(l=10, r=10, t=40, b=10),
+        margin=dict(l=10, r=10, t=20, b=10),
         paper_bgcolor="white",
         plot_bgcolor="white",
         font=dict(size=13, color="#222"),
@@ -186,16 +194,15 @@ def plotly_html(
     )
     return HTML(f'<div class="fb-interactive" role="figure" aria-label="{_escape(alt)}">{body}</div>')
 
-# %% ../nbs/00_figures.ipynb #538be987
+# %% ../nbs/00_figures.ipynb #fee5ac05
 def surface_figure(
-    values: np.ndarray,  # (vertices,) what to colour by; NaN is drawn grey
+    values: np.ndarray,  # (vertices,) what to colour by; triangles with a NaN corner are grey
     coords: np.ndarray,  # (vertices, 3) mm
     faces: np.ndarray,  # (triangles, 3) vertex numbers
     limit: float | None = None,  # colours span -limit..limit; default: the 99th percentile of |values|
     unit: str = "",  # written at the colour bar
-    background: np.ndarray | None = None,  # (vertices,) sulcal depth: shades the folds where values are NaN
 ) -> go.Figure:
-    "Values on a surface that can be turned; the first trace holds the vertices in their order."
+    "Values on a surface that can be turned; the first trace holds all vertices in their order."
     import plotly.graph_objects as go
 
     values, coords, faces = (
@@ -205,33 +212,29 @@ def surface_figure(
     )
     if values.shape != (len(coords),):
         raise ValueError(f"expected one value for each of {len(coords)} vertices, found shape {values.shape}")
-    limit = limit or float(np.nanpercentile(np.abs(values), 99)) or 1.0
-    x, y, z = coords.T
-    i, j, k = faces.T
-    mesh = go.Mesh3d(
-        x=x,
-        y=y,
-        z=z,
-        i=i,
-        j=j,
-        k=k,
-        intensity=np.nan_to_num(values),
-        cmin=-limit,
-        cmax=limit,
-        colorscale=plotly_scale(),
-        colorbar=dict(title=unit, thickness=12, len=0.7),
-        hoverinfo="skip" if background is not None else "all",
-        lighting=dict(ambient=0.55, diffuse=0.6, specular=0.1),
-        flatshading=False,
+    limit, blank = limit or _limit(values), np.isnan(values)[faces].any(1)
+    bar = dict(
+        title=dict(text=unit, side="right"), orientation="h", thickness=12, len=0.6, y=-0.02, yanchor="top"
     )
-    fig = go.Figure(mesh)
-    axis = dict(visible=False)
-    fig.update_layout(
-        scene=dict(
-            xaxis=axis, yaxis=axis, zaxis=axis, aspectmode="data", camera=dict(eye=dict(x=-1.6, y=0, z=0.35))
-        )
+    colour = dict(
+        intensity=np.nan_to_num(values), cmin=-limit, cmax=limit, colorscale=plotly_scale(), colorbar=bar
     )
-    return fig
+    traces = [_mesh(coords, faces[~blank], **colour)]
+    if blank.any():
+        traces.append(_mesh(coords, faces[blank], color="#9aa1ab", hoverinfo="skip"))
+    axis, camera = dict(visible=False), dict(eye=dict(x=-1.6, y=0, z=0.35))
+    return go.Figure(
+        traces, dict(scene=dict(xaxis=axis, yaxis=axis, zaxis=axis, aspectmode="data", camera=camera))
+    )
+
+# %% ../nbs/00_figures.ipynb #7f8fe7f6
+def _mesh(coords, faces, **colour):
+    import plotly.graph_objects as go
+
+    (x, y, z), (i, j, k) = coords.T, faces.T
+    return go.Mesh3d(
+        x=x, y=y, z=z, i=i, j=j, k=k, lighting=dict(ambient=0.55, diffuse=0.6, specular=0.1), **colour
+    )
 
 # %% ../nbs/00_figures.ipynb #16ccf533
 def _sprite(
@@ -256,10 +259,24 @@ def _sprite(
     Image.fromarray(picture).save(buffer, "PNG", optimize=True)
     return buffer.getvalue(), columns
 
-# %% ../nbs/00_figures.ipynb #396185ac
+# %% ../nbs/00_figures.ipynb #0277a390
+def _colours() -> list:
+    return (255 * diverging_colours(63)).round().astype(int).tolist()
+
+
+def _legend(limit: float, unit: str) -> dict:
+    stops = ",".join("rgb({},{},{})".format(*c) for c in _colours()[::6])
+    return dict(vmin=f"{-limit:.2g}", vmax=f"{limit:.2g}", unit=_escape(unit), stops=stops)
+
+
+def _script_data(**values) -> str:
+    "Values as JSON that may stand inside a script element."
+    return json.dumps(values | dict(colours=_colours())).replace("</", "<\\/")
+
+# %% ../nbs/00_figures.ipynb #2cf099d5
 _PLAYER = """
 <div id="%(id)s" class="fb-player" role="figure" aria-label="%(alt)s" style="max-width:%(css)dpx">
-<canvas class="fb-canvas" width="%(w)d" height="%(h)d" style="width:100%%;background:#fff;border-radius:6px;image-rendering:auto"></canvas>
+<canvas class="fb-canvas" width="%(w)d" height="%(h)d" style="width:100%%;background:#e6e9ee;border-radius:6px;image-rendering:auto"></canvas>
 <div style="display:flex;gap:.6em;align-items:center;margin-top:.3em">
 <button class="fb-play" type="button" aria-label="play or pause" style="min-width:4.5em;padding:.25em .6em">play</button>
 <input class="fb-slider" type="range" min="0" max="%(last)d" value="%(start)d" step="1" aria-label="frame" style="flex:1;min-width:0">
@@ -286,7 +303,7 @@ root.dataset.ready="1";draw()};
 image.src="data:image/png;base64,%(png)s";draw()})();</script>
 """
 
-# %% ../nbs/00_figures.ipynb #375614c0
+# %% ../nbs/00_figures.ipynb #52d44555
 def player(
     frames: np.ndarray,  # (time, height, width), any unit; NaN = background
     labels: Sequence[str],  # (time,) what to write beside the slider, for instance '70.0 s'
@@ -303,29 +320,25 @@ def player(
 
     frames = np.asarray(frames, np.float32)
     if frames.ndim != 3 or len(frames) != len(labels):
+        found = f"shape {frames.shape} and {len(labels)} labels"
+        raise ValueError(f"expected frames (time, height, width) with one label a frame, found {found}")
+    if not alt.strip():
         raise ValueError(
-            f"expected frames (time, height, width) with one label a frame, found shape {frames.shape} and {len(labels)} labels"
+            "a video needs alternative text: expected a sentence that says what it shows, found nothing"
         )
-    limit = limit or float(np.nanpercentile(np.abs(frames), 99)) or 1.0
+    limit = limit or _limit(frames)
     png, columns = _sprite(frames, -limit, limit)
-    colours = (255 * diverging_colours(63)).round().astype(int).tolist()
-    data = json.dumps(dict(columns=columns, labels=list(labels), colours=colours, fps=fps))
-    stops = ",".join("rgb({},{},{})".format(*c) for c in colours[::6])
+    size = dict(w=frames.shape[2], h=frames.shape[1], last=len(frames) - 1, start=start, css=css_width)
     return HTML(
         _PLAYER
-        % dict(
-            id=div_id,
-            alt=_escape(alt),
-            css=css_width,
-            w=frames.shape[2],
-            h=frames.shape[1],
-            last=len(frames) - 1,
-            start=start,
-            data=data,
-            vmin=f"{-limit:.2g}",
-            vmax=f"{limit:.2g}",
-            unit=_escape(unit),
-            stops=stops,
-            png=base64.b64encode(png).decode(),
+        % (
+            size
+            | _legend(limit, unit)
+            | dict(
+                id=div_id,
+                alt=_escape(alt),
+                png=base64.b64encode(png).decode(),
+                data=_script_data(columns=columns, labels=list(labels), fps=fps),
+            )
         )
     )
