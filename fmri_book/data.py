@@ -1021,7 +1021,7 @@ def apart(mesh: Mesh, gap: float = 8.0) -> Mesh:
     xyz[n:, 0] -= xyz[n:, 0].min() - gap / 2
     return mesh._replace(coords=xyz)
 
-# %% ../nbs/01_data.ipynb #ab8f38fa
+# %% ../nbs/01_data.ipynb #671a7857
 def seed_explorer(
     run: Run,  # on a surface space
     seeds: dict[str, int],  # name -> vertex, for the menu
@@ -1042,7 +1042,7 @@ def seed_explorer(
     values = np.where(np.ptp(run.bold, axis=0) > 0, factors @ factors[first], np.nan)
     fig = surface_figure(values, mesh.coords.round(1), mesh.faces, limit=0.8, unit="r")
     fig.data[0].update(hoverinfo="none", lighting=dict(ambient=0.8, diffuse=0.35, specular=0.02))
-    fig.update_layout(scene_camera=dict(eye=dict(x=0, y=-1.5, z=1.35)))
+    fig.update_layout(scene_camera=dict(eye=dict(x=0, y=-1.1, z=0.95)))
     x, y, z = mesh.coords[first]
     fig.add_trace(
         go.Scatter3d(
