@@ -1,6 +1,7 @@
 """Chapter 2: flat maps. Numbers against a brute-force reference and SciPy, contracts, bad input, the cache, pycortex."""
 
 import importlib.util
+import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -688,8 +689,8 @@ def test_volume_slices_keep_left_left():
     )  # the front is at the top
 
 
-def test_embedded_page_loads_nothing_from_a_file():
-    page = f.embedded_page("a/b.html", "x", 'a "viewer"').data
+def test_the_embedded_viewer_loads_nothing_from_a_file():
+    page = f.embedded_viewer("a/b.html", "x", 'a "viewer"').data
     assert (
         " src=" not in page
         and 'data-src="a/b.html"' in page
@@ -704,3 +705,9 @@ def test_importing_the_module_is_light():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_map_travels_to_another_process(fm, frames):
+    fm.unproject(fm.project(frames[:1]))  # with everything computed that can be
+    copy = pickle.loads(pickle.dumps(fm))
+    assert np.array_equal(copy.project(frames), fm.project(frames)) and copy.report == fm.report

@@ -90,10 +90,13 @@ def test_the_viewer_loads_over_http_without_an_error(page):
     inside = frame.element_handle().content_frame()
     inside.wait_for_selector("canvas", timeout=60_000)
     inside.wait_for_function(
-        "window.viewer && viewer.active && viewer.active.surface !== undefined || window.viewer",
-        timeout=60_000,
+        "window.viewer && viewer.loaded && viewer.loaded.state() === 'resolved'", timeout=60_000
     )
-    page.wait_for_timeout(1500)
+    assert inside.evaluate("viewer.setMix()") == 0
+    page.locator("#webgl-viewer button", has_text="flat").last.click()
+    inside.wait_for_function("viewer.setMix() > 0.99", timeout=60_000)
+    page.locator("#webgl-viewer button", has_text="folded").click()
+    inside.wait_for_function("viewer.setMix() < 0.01", timeout=60_000)
     assert page.wrong == []
 
 
