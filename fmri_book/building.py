@@ -6,7 +6,8 @@ __all__ = ['PRESETS', 'CHAPTER', 'KERNEL', 'ADDED', 'KEEP', 'COLAB', 'PLACEHOLDE
            'failure', 'run_chapter', 'run_chapters', 'owner', 'set_owner', 'run_stats', 'finish_text', 'finish_page',
            'module_page', 'api_page', 'stage', 'folder_digest', 'render', 'BuildError', 'outside', 'build', 'main']
 
-# %% ../nbs/A1_building.ipynb #e2cfb476
+# %% ../nbs/A1_building.ipynb #02c99585
+"How the book builds itself: run every chapter once, remember it, and turn the results into a site that needs no network."
 import argparse, ast, configparser, fcntl, hashlib, json, os, platform
 import re, shutil, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
