@@ -367,7 +367,7 @@ def _entry(node, lines: list[str], level: int, inside: str = "") -> list[str]:
                 out += _entry(method, lines, level + 1, f"{node.name}.")
     return out
 
-# %% ../nbs/A1_building.ipynb #50f46de3
+# %% ../nbs/A1_building.ipynb #caf49897
 def module_page(
     source: str,          # the text of a module
     name: str,            # its dotted name
@@ -379,8 +379,13 @@ def module_page(
     out = [f"## {name}", "", where, ""]
     for node in tree.body:
         public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-        if public: out += _entry(node, lines, 3)
+        if public: out += _entry(node, lines, 3, _patched(node))
     return "\n".join(out)
+
+def _patched(node) -> str:
+    "`Run.` for a method that a chapter adds to `Run` with fastcore's `@patch`; else nothing."
+    added = any(ast.unparse(d).startswith("patch") for d in node.decorator_list)
+    return f"{ast.unparse(node.args.args[0].annotation)}." if added else ""
 
 def api_page(
     root: Path,           # the repository

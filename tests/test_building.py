@@ -266,9 +266,12 @@ def test_signatures_on_the_page_of_functions():
             def _hidden(self): pass
 
         def _private(): pass
+
+        @patch(as_prop=True)
+        def twice(self: Thing) -> float: return self.size * 2
     ''')
     page = building.module_page(source, "fmri_book.things", "01_one")
-    for wanted in ("class Thing:", "size: int       # in mm", "A thing.", "### `Thing`", "#### `Thing.half`", "by: int,    # mm", "[](./01_one.ipynb)"):
+    for wanted in ("class Thing:", "size: int       # in mm", "A thing.", "### `Thing`", "#### `Thing.half`", "### `Thing.twice`", "by: int,    # mm", "[](./01_one.ipynb)"):
         assert wanted in page
     for unwanted in ("_hidden", "_private", "self.size"):
         assert unwanted not in page
