@@ -135,8 +135,8 @@ def show(
     image = f'<img class="fb-figure" alt="{_escape(alt)}" style="{size}max-width:100%" src="data:image/png;base64,{data}">'
     return HTML(f'<div class="fb-scroll" style="overflow-x:auto">{image}</div>')
 
-# %% ../nbs/00_figures.ipynb #3dfedc26
-def _smaller(png: bytes, limit: int = 250_000) -> bytes:
+# %% ../nbs/00_figures.ipynb #a28e0349
+def _smaller(png: bytes, limit: int = 400_000) -> bytes:
     "A large PNG with its colours reduced to the 256 that fit it best: pages stay light."
     from PIL import Image
 
