@@ -29,7 +29,7 @@ def test_seed_map_is_the_correlation_with_the_seed(page):
 
     plot = explorer(page)
     menu = page.locator("#seed-explorer-seeds")
-    run = data.load_example_run().clean()
+    run = data.load_example_run()
     for option in (0, 1):
         menu.select_option(index=option)
         seed = int(plot.get_attribute("data-seed"))
