@@ -1,5 +1,6 @@
 """The simulated cohort: made of named random numbers, valid, streamed, and holding exactly what was planted."""
 
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -52,6 +53,88 @@ def test_another_process_gives_the_same_bits_whatever_its_threads(threads):
     env = os.environ | {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "PYTHONPATH": ROOT}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.split()
     assert out[0] == digest(cohort[5]) and out[1] == cohort[5].events.to_json()
+
+
+def test_threads_of_one_process_make_the_same_bits():
+    code = (
+        "import hashlib\nfrom concurrent.futures import ThreadPoolExecutor\nfrom fmri_book.cohort import Cohort\n"
+        "c = Cohort(n_subjects=6, n_frames=100, space='schaefer400', tasks=('rest', 'visual'))\n"
+        "make = lambda i: hashlib.sha256(c[i].bold.tobytes()).hexdigest()\n"
+        "with ThreadPoolExecutor(8) as pool: print(*pool.map(make, range(24)))"
+    )
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "4", "OMP_NUM_THREADS": "4", "PYTHONPATH": ROOT}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.split()
+    assert out == [digest(run) for run in Cohort(n_subjects=6, n_frames=100, space="schaefer400", tasks=("rest", "visual"))]
+
+
+def test_what_is_shared_cannot_be_written_to():
+    shared = [co.activation_pattern("visual"), co.neighbourhood("fsaverage5", 3.0).data, small()._connectivity(0, 1), co._group(100).cov]
+    for array in shared:
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 7
+    matrix = small().truth.connectivity("sim-0001")
+    matrix[0] = 7  # the reader's own copy
+    assert (small().truth.connectivity("sim-0001")[0] != 7).all()
+
+
+def test_a_run_can_be_asked_for_by_its_own_names():
+    cohort = small(tasks=("rest", "motor"))
+    for run in (cohort[1], cohort[6]):
+        assert digest(cohort.run(run.subject, run.session, run.task)) == digest(run)
+    assert digest(cohort.run("sim-0001", np.int64(2))) == digest(cohort.run("sim-0001", "2"))
+    for wrong in (1.0, True, "01", None, 0):
+        with pytest.raises(ValueError, match="unknown session .*: expected 1 to 2"):
+            cohort.run("sim-0001", wrong)
+        with pytest.raises(ValueError, match="unknown session"):
+            cohort.truth.connectivity("sim-0001", wrong)
+
+
+def test_a_cohort_is_walked_and_not_searched():
+    cohort = small(n_subjects=1, n_sessions=1, tasks=("rest", "motor"))
+    with pytest.raises(TypeError):
+        _ = cohort[0] in cohort
+    assert not hasattr(cohort, "index") and [r.task for r in cohort] == ["rest", "motor"] == [r.task for r in reversed(cohort)][::-1]
+
+
+def test_settings_in_other_forms_are_the_same_cohort():
+    effect = Effect("group", ["Default", "Cont"], 0.8)
+    assert effect == Effect("group", ("Default", "Cont"), 0.8) and hash(effect)
+    assert small(tasks="rest", effects=effect) == small(tasks=["rest"], effects=[effect])
+    spectrum = Spectrum(band=[0.01, 0.1], steepness=[1, 2])
+    assert spectrum == Spectrum(band=(0.01, 0.1), steepness=(1.0, 2.0)) and hash(small(spectrum=spectrum))
+    other = dataclasses.replace(small(space="schaefer100"), space="schaefer400")
+    assert (small().n_parcels, other.n_parcels, small(parcels=200).n_parcels, small(space="fsLR_32k").n_parcels) == (100, 400, 200, 400)
+
+
+def test_wrong_kinds_are_refused():
+    with pytest.raises(TypeError, match="expected a Spectrum, found None"):
+        small(spectrum=None)
+    with pytest.raises(TypeError, match="effects made by Effect"):
+        small(effects=("group",))
+    for steepness in ((0, 1), (1,), (1, float("nan")), None):
+        with pytest.raises(ValueError, match="steepness of two numbers above 0"):
+            Spectrum(steepness=steepness)
+    for band in ((0.01,), (0.01, float("inf")), (0.01, 0.02, 0.03)):
+        with pytest.raises(ValueError, match="two rising frequencies"):
+            Spectrum(band=band)
+    with pytest.raises(ValueError, match="expected a space of parcels, found 'fsaverage5'"):
+        co.activation_pattern("visual", "fsaverage5")
+    for n in (8, 14):
+        with pytest.raises(ValueError, match=f"at least 20 frames to average 5 frequencies, found {n}"):
+            co.power_spectrum(np.random.default_rng(0).standard_normal((n, 3)), 1.4)
+    assert np.isfinite(co.power_spectrum(np.random.default_rng(0).standard_normal((20, 3)), 1.4)[1]).all()
+
+
+def test_a_thousand_parcels_carry_the_truth_only_roughly():
+    carry, z = data.transfer("schaefer400", "schaefer1000"), {}
+    assert not carry.exact
+    group = data.group_connectivity(400).astype(float)
+    for n, cov in ((400, group), (1000, carry.matrix @ group @ carry.matrix.T)):
+        z[n] = co.network_z(cov, co.network_means(n))
+    assert 0.02 < np.abs(z[1000] - z[400]).max() < 0.15
+    run = Cohort(n_subjects=1, n_sessions=1, n_frames=20, space="schaefer1000", tasks="rest")[0]
+    assert run.meta["exact"] is False and small()[0].meta["exact"] is True
+    assert Cohort(n_subjects=1, n_frames=20, space="fsaverage5", tasks="rest")[0].meta["exact"] is True
 
 
 def test_a_subject_does_not_depend_on_the_size_of_the_cohort_or_its_other_tasks():
@@ -145,13 +228,14 @@ def test_planted_strengths_are_in_every_session():
         for session in (1, 2):
             z = co.network_z(cohort.truth.connectivity(subject, session), co.network_means(100))
             got = [z[tuple(map(NETWORKS.index, e.connection))] for e in cohort.effects]
-            np.testing.assert_allclose(got, cohort.truth.strengths.iloc[number], atol=1e-3)
+            np.testing.assert_allclose(got, cohort.truth.session_strengths.loc[(subject, session)], atol=2e-6)
+            np.testing.assert_allclose(got, cohort.truth.strengths.iloc[number], atol=4 * cohort.session_spread)
 
 
 @pytest.mark.parametrize(("d", "r"), [(0.8, 0.5), (-1.5, -0.8), (0.0, 0.0)])
 def test_effects_have_the_planted_size_and_the_rest_none(d, r):
     n = 600
-    cohort = Cohort(n_subjects=n, n_sessions=1, effects=(Effect("group", ("Default", "Cont"), d), Effect("score", ("Vis", "SomMot"), r)))
+    cohort = Cohort(n_subjects=n, n_sessions=1, session_spread=0, effects=(Effect("group", ("Default", "Cont"), d), Effect("score", ("Vis", "SomMot"), r)))
     z = np.array([co.network_z(cohort._connectivity(i, 1), co.network_means(100)) for i in range(n)])
     people, (i, j) = cohort.participants, np.triu_indices(7, 1)
     z, is_b = z[:, i, j], (people.group == "B").to_numpy()
@@ -188,6 +272,58 @@ def fingerprints(**changes) -> float:
 def test_fingerprints_where_planted_and_nowhere_else():
     assert fingerprints() > 0.8
     assert fingerprints(subject_share=0, effects=()) < 0.2  # chance 0.03
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(networks, networks, st.sampled_from(["group", "score"]), st.floats(-0.9, 0.9)), min_size=1, max_size=6), st.integers(0, 99))
+def test_a_cohort_that_is_accepted_can_make_all_its_sessions(drawn, seed):
+    effects = {frozenset(e[:2]): Effect(e[2], e[:2], e[3]) for e in drawn if e[0] != e[1]}
+    try:
+        cohort = Cohort(n_subjects=15, n_sessions=2, effects=tuple(effects.values()), seed=seed)
+    except ValueError as error:
+        assert "use a spread of" in str(error)
+        return
+    for (subject, session), wanted in cohort.truth.session_strengths.iterrows():
+        z = co.network_z(cohort.truth.connectivity(subject, session), co.network_means(100))
+        np.testing.assert_allclose([z[e.where] for e in cohort.effects], wanted, atol=2e-6)
+
+
+def test_the_spread_that_an_error_proposes_is_accepted():
+    effects = tuple(Effect("group", (a, "Default"), 1.0) for a in ("SalVentAttn", "DorsAttn", "SomMot"))
+    with pytest.raises(ValueError, match="use a spread of") as caught:
+        Cohort(effects=effects, spread=0.2)
+    fits = float(str(caught.value).split("use a spread of ")[1].split()[0])
+    assert 0 < fits < 0.2 and Cohort(effects=effects, spread=fits - 0.0006).spread < fits
+
+
+def test_rare_subjects_are_drawn_back_and_the_truth_says_so():
+    pairs = [("DorsAttn", "Default"), ("SalVentAttn", "Default"), ("SomMot", "Cont")]
+    cohort = Cohort(n_subjects=1, spread=0.03, session_spread=0.03, effects=[Effect("score", p, 0.5) for p in pairs])
+    far = np.array([1.0, -1.0, 1.0])  # Fisher z: more than three connections can do at once
+    assert not cohort._valid(far) and cohort._valid(cohort._drawn_back(far))
+    near = np.array([0.05, -0.05, 0.05])
+    assert (cohort._drawn_back(near) == near).all()
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.0, 1), (0.5, 0.4, 1), (0.35, 0.15, 10)])
+def test_connections_are_exact_at_extreme_shares(shares):
+    own, other, modes = shares
+    cohort = small(n_subjects=25, subject_share=own, session_share=other, n_modes=modes)
+    for (subject, session), wanted in cohort.truth.session_strengths.iterrows():
+        z = co.network_z(cohort.truth.connectivity(subject, session), co.network_means(100))
+        np.testing.assert_allclose([z[e.where] for e in cohort.effects], wanted, atol=2e-6)
+
+
+def test_a_connection_with_an_effect_varies_between_sessions_as_others_do():
+    cohort = small(n_subjects=100)
+    z = np.array([[co.network_z(cohort._connectivity(i, s), co.network_means(100)) for s in (1, 2)] for i in range(100)])
+    daily = (z[:, 0] - z[:, 1]).std(0) / np.sqrt(2)
+    there = [e.where for e in cohort.effects]
+    others = [daily[i, j] for i, j in zip(*np.triu_indices(7, 1)) if (i, j) not in there and (j, i) not in there]
+    assert 0.03 < min(others) and max(others) < 0.08 and all(0.03 < daily[w] < 0.08 for w in there)
+    strengths, sessions = cohort.truth.strengths, cohort.truth.session_strengths
+    assert np.abs(sessions.groupby("subject").mean() - strengths).max().max() < 0.2
+    assert np.abs((sessions.groupby("subject").mean() - strengths).mean()).max() < 0.02
 
 
 # --- time: spectrum, haemodynamic response, events
@@ -237,7 +373,6 @@ def test_response_against_a_convolution_and_against_nilearn():
         np.testing.assert_allclose(got, wanted, atol=0.01)
         theirs, _ = compute_regressor(np.array([mine.onset, mine.duration, np.ones(len(mine))]), "spm", times)
         assert np.corrcoef(got, theirs[:, 0])[0, 1] > 0.995
-    assert co.response(events, "none of these", times).tolist() == [0] * 100
 
 
 def test_the_task_is_the_planted_pattern_times_the_planted_course():
@@ -246,6 +381,32 @@ def test_the_task_is_the_planted_pattern_times_the_planted_course():
     cohort = Cohort(**settings_)
     planted = cohort.amplitude("sim-0002", "memory") * np.outer(cohort.truth.response(with_task, "memory"), cohort.truth.patterns["memory"])
     np.testing.assert_allclose(with_task.bold - without.bold, planted, atol=1e-3)
+
+
+def test_events_without_length_and_events_that_cannot_be():
+    times = np.arange(0, 60, 0.5)
+
+    def of(onset, duration):
+        return pd.DataFrame({"onset": [onset], "duration": [duration], "trial_type": "a"})
+
+    np.testing.assert_allclose(co.response(of(3.0, 0.0), "a", times), co.hrf(times - 3))
+    np.testing.assert_allclose(co.response(of(3.0, 0.0), "a", times), co.response(of(3.0, 0.01), "a", times) / 0.01, atol=2e-3)
+    for wrong in (of(3.0, -1.0), of(3.0, np.nan), of(np.nan, 1.0), of(3.0, np.inf)):
+        with pytest.raises(ValueError, match="events 'a': expected finite onsets and durations from 0 up"):
+            co.response(wrong, "a", times)
+    with pytest.raises(ValueError, match="unknown trial type 'b': expected one of a"):
+        co.response(of(3.0, 1.0), "b", times)
+
+
+def test_the_truth_of_a_run_without_that_task_is_silence():
+    cohort = small(tasks=("rest", "motor"))
+    rest, motor = cohort[0], cohort[1]
+    assert (cohort.truth.response(rest, "motor_left") == 0).all() and len(cohort.truth.response(rest, "visual")) == 120
+    assert (cohort.truth.response(motor, "visual") == 0).all() and cohort.truth.response(motor, "motor_left").max() > 0.9
+    with pytest.raises(ValueError, match="unknown trial type 'chess'"):
+        cohort.truth.response(rest, "chess")
+    with pytest.raises(ValueError, match="unknown trial type 'chess'"):
+        cohort.amplitude("sim-0001", "chess")
 
 
 @settings(max_examples=40, deadline=None)
@@ -319,7 +480,13 @@ def test_importing_the_module_is_light():
         ({"activation": -1}, r"activation to be a number from 0 up, found -1"),
         ({"drift": float("nan")}, r"drift .* found nan"),
         ({"subject_share": 0.8, "session_share": 0.2}, r"at most 0.9, found 1"),
-        ({"spread": 0.5}, r"expected room for .* SD on both sides of Default–Cont, found .* use a spread of 0\.\d+ at most \(found 0.5\)"),
+        ({"spread": 0.5}, r"expected room for 2.5 SD on both sides of Default–Cont, Vis–SomMot.* use a spread of 0\.\d+ at most \(found 0.5\)"),
+        ({"spread": 0}, r"expected a spread above 0 for the effects on .*Default–Cont.*, found 0"),
+        ({"session_spread": -0.1}, r"session_spread to be a number from 0 up, found -0.1"),
+        ({"drift": "much"}, r"drift to be a number from 0 up, found 'much'"),
+        ({"parcels": 100.0}, r"group connectivity matrix .*found 100.0"),
+        ({"tasks": ("rest", "rest")}, r"expected every task once, found"),
+        ({"spectrum": Spectrum(band=(0.01, 0.3)), "tr": 2.0}, r"expected a band below 0.25 Hz"),
         ({"effects": (Effect("group", ("Vis", "Cont"), 0.1), Effect("score", ("Cont", "Vis"), 0.1))}, r"at most one effect for each connection"),
     ],
 )
