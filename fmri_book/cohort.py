@@ -174,7 +174,7 @@ def set_connections(
         f"expected connections that can hold at the same time, found {wanted}: use a smaller spread"
     )
 
-# %% ../nbs/01a_cohort.ipynb #cb8deb06
+# %% ../nbs/01a_cohort.ipynb #277630f1
 @dataclass(frozen=True)
 class Effect:
     "One trait, one named connection, and how strongly the one moves the other."
@@ -211,12 +211,13 @@ class Effect:
         "For instance 'Default–Cont'."
         return "–".join(self.connection)
 
-    @property
-    def where(self) -> tuple[int, int]:
-        "Row and column of the connection."
-        return tuple(map(NETWORKS.index, self.connection))
+# %% ../nbs/01a_cohort.ipynb #3f908bda
+@patch(as_prop=True)
+def where(self: Effect) -> tuple[int, int]:
+    "Row and column of the connection in a matrix of networks."
+    return tuple(map(NETWORKS.index, self.connection))
 
-# %% ../nbs/01a_cohort.ipynb #b6d18787
+
 @patch
 def strength(self: Effect, group: str, score: float, residual: float) -> float:
     "The connection in one subject, in SD of the population around its mean."
