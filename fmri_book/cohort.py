@@ -408,7 +408,7 @@ class _Group:
 def _group(n: int) -> _Group:
     return _Group(n)
 
-# %% ../nbs/01a_cohort.ipynb #7badeff2
+# %% ../nbs/01a_cohort.ipynb #72ce18e7
 PARCELS = (100, 200, 300, 400)  # with a group connectivity matrix
 
 
@@ -444,16 +444,18 @@ class CohortDesign:
         self._check_tasks()
         self._check_effects()
 
-    @property
-    def exact(self) -> bool:
-        "Whether averaging a run's sites over the parcels gives back what was planted."
-        return self.space == f"schaefer{self.n_parcels}" or not self.space.startswith("schaefer")
+# %% ../nbs/01a_cohort.ipynb #dbae0d70
+@patch(as_prop=True)
+def n_parcels(self: CohortDesign) -> int:
+    "How many parcels the connectivity has."
+    own = self.space.removeprefix("schaefer")
+    return self.parcels or (int(own) if own in map(str, PARCELS) else 400)
 
-    @property
-    def n_parcels(self) -> int:
-        "How many parcels the connectivity has."
-        own = self.space.removeprefix("schaefer")
-        return self.parcels or (int(own) if own in map(str, PARCELS) else 400)
+
+@patch(as_prop=True)
+def exact(self: CohortDesign) -> bool:
+    "Whether averaging a run's sites over the parcels gives back what was planted."
+    return self.space == f"schaefer{self.n_parcels}" or not self.space.startswith("schaefer")
 
 # %% ../nbs/01a_cohort.ipynb #340e2ba6
 @patch
