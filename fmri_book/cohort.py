@@ -101,10 +101,8 @@ def power(self: Spectrum, n: int, tr: float) -> np.ndarray:  # (n // 2 + 1,) as 
     pairs = np.where(alone, 1, 2)  # the others come twice, as +f and -f
     return (1 - self.white) * power * n / (pairs * power).sum() + self.white
 
-# %% ../nbs/01a_cohort.ipynb #0a67ada0
-LEMON = Spectrum(
-    white=0, band=(0.0048, 0.0447), steepness=(1.68, 4.39)
-)  # the LEMON run as BrainSpace ships it
+# %% ../nbs/01a_cohort.ipynb #041ca214
+LEMON = Spectrum(white=0, band=(0.005, 0.045), steepness=(1.7, 4.4))  # the LEMON run as BrainSpace ships it
 
 # %% ../nbs/01a_cohort.ipynb #b39cf119
 def coloured_noise(
