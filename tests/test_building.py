@@ -280,3 +280,25 @@ def test_signatures_on_the_page_of_functions():
 def test_files_appear_whole(tmp_path):
     building._write(tmp_path / "new" / "a.txt", "whole")
     assert (tmp_path / "new/a.txt").read_text() == "whole" and os.listdir(tmp_path / "new") == ["a.txt"]
+
+
+def test_a_kernel_that_never_starts_is_started_again(book, tmp_path, monkeypatch):
+    "Two kernels may choose the same port; the one that loses has run nothing, and gets another chance."
+    script = tmp_path / "stumble.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        f"mark = {str(tmp_path / 'stumbled')!r}\n"
+        "if not os.path.exists(mark): open(mark, 'w').close(); sys.exit(1)\n"
+        "runpy.run_module('ipykernel_launcher', run_name='__main__')\n"
+    )
+
+    def stumbling_kernel(build):
+        folder = build / "jupyter" / "kernels" / building.KERNEL
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(script), "-f", "{connection_file}"]
+        (folder / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "x", "language": "python"}))
+        return build / "jupyter"
+
+    monkeypatch.setattr(building, "write_kernel", stumbling_kernel)
+    result = building.execute(book, "02_two", tmp_path / "run")
+    assert (tmp_path / "stumbled").exists() and result.error == ""
