@@ -215,14 +215,14 @@ def test_labels_are_not_mixed(fm):
         and (image[~fm.mask] == -1).all()
         and set(np.unique(image)) <= {-1, *np.unique(labels)}
     )
-    nearest = np.array(
+    strongest = np.array(
         [fm.weights[k].indices[fm.weights[k].data.argmax()] for k in range(0, fm.n_pixels, 997)]
     )
     best = np.array([fm.weights[k].data.max() for k in range(0, fm.n_pixels, 997)])
     assert np.allclose(
-        [fm.weights[k, v] for k, v in zip(range(0, fm.n_pixels, 997), fm.nearest[::997], strict=True)], best
+        [fm.weights[k, v] for k, v in zip(range(0, fm.n_pixels, 997), fm.strongest[::997], strict=True)], best
     )
-    assert (nearest == fm.nearest[::997]).mean() > 0.99
+    assert (strongest == fm.strongest[::997]).mean() > 0.99
 
 
 # ------------------------------------------------------------------ the way back
@@ -253,6 +253,11 @@ def test_unseen_vertices_are_nan_unless_named(fm, frames):
     assert (fm.unproject(fm.project(frames[0]), fill=-7)[~fm.seen] == -7).all()
 
 
+def test_a_run_without_frames_comes_back_without_frames(fm):
+    assert fm.unproject(np.zeros((0, 224, 560), np.float32)).shape == (0, 20484)
+    assert fm.pack(np.zeros((2, 0, 224, 560))).shape == (2, 0, fm.n_pixels)
+
+
 def test_least_squares_is_the_solution_of_its_equation():
     m = small_map()
     image = np.random.default_rng(2).standard_normal((30, 70))
@@ -262,6 +267,20 @@ def test_least_squares_is_the_solution_of_its_equation():
     support = f.LEAN * weights.sum(0)
     expected = np.linalg.solve(weights.T @ weights + np.diag(support), weights.T @ pixels + support * mean)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_a_larger_lean_is_calmer_and_less_exact(hcp, frames):
+    noise = np.random.default_rng(0).standard_normal((2, 224, 560))
+    images = hcp.project(np.random.default_rng(1).standard_normal(64984))
+    spread, error = [], []
+    for lean in (1e-4, 1e-3, 1e-2):
+        spread.append(np.nanstd(hcp.unproject(noise, lean=lean)))
+        error.append(np.linalg.norm(hcp.project(hcp.unproject(images, lean=lean)) - images))
+    assert spread[0] > 1.5 * spread[1] > 2 * spread[2] and error[0] < error[1] < error[2]
+    assert np.array_equal(hcp.unproject(images, lean=f.LEAN), hcp.unproject(images), equal_nan=True)
+    for bad in (0, -1, np.nan, np.inf):
+        with pytest.raises(ValueError, match="expected a lean above 0"):
+            hcp.unproject(images, lean=bad)
 
 
 def test_what_lies_outside_the_mask_is_ignored_on_the_way_back(fm, frames):
@@ -304,7 +323,7 @@ sheets = st.builds(
     ),
     st.integers(2, 6),
     st.integers(2, 6),
-    st.floats(0, 0.22),
+    st.just(0.0) | st.floats(1e-3, 0.22),  # pixels on an edge, or clearly beside it
     st.integers(0, 1000),
 )
 
@@ -312,7 +331,7 @@ sheets = st.builds(
 @settings(max_examples=40, deadline=None)
 @given(sheets, st.integers(8, 40), st.integers(16, 80))
 def test_properties_of_every_map(surfaces, height, width):
-    m = f.FlatMap.from_surfaces(*surfaces, height=height, width=width, cache=False)
+    m = f.FlatMap.from_surfaces(*surfaces, height=height, width=width, padding=0.5, cache=False)
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, m.n_vertices))
     assert np.allclose(m.weights.sum(1), 1) and np.diff(m.weights.indptr).max() <= 3
@@ -372,11 +391,34 @@ def test_a_pixel_outside_of_the_picture_is_no_pixel():
 
 
 def test_stretched_triangles_are_dropped_and_reported():
-    coords, faces = sheet()
+    coords, faces = sheet(9, 9)
     far = np.concatenate([coords, [[100.0, 3.0, 0]]])
-    m = f.FlatMap.from_surfaces((far, np.concatenate([faces, [[0, 7, 42]]])), sheet(), 40, 120, cache=False)
-    assert m.report.stretched == 1 and m.report.vertices_lost == 1 and np.isnan(m.vertices[42]).all()
-    assert m.n_pixels < 0.5 * m.mask.size and m.vertices.shape == (85, 2)
+    m = f.FlatMap.from_surfaces(
+        (far, np.concatenate([faces, [[0, 9, 81]]])), sheet(9, 9), 40, 120, cache=False
+    )
+    assert m.report.stretched == 1 and m.report.vertices_lost == 1 and np.isnan(m.vertices[81]).all()
+    assert m.n_pixels < 0.75 * m.mask.size and m.vertices.shape == (163, 2)
+    smaller = m.grid(20, 60).report  # another grid, the same mesh
+    assert (smaller.triangles, smaller.stretched, smaller.vertices_lost) == (257, 1, 1)
+
+
+def test_too_much_stretched_or_lost_is_refused():
+    coords, faces = sheet(9, 9)
+    far = np.concatenate([coords, [[100.0, 3.0, 0]]])
+    torn = [[0, 9, 81], [0, 18, 81], [0, 27, 81]]
+    with pytest.raises(ValueError, match=r"at most 1% stretched triangles, found 3 of 259 \(1.2%\)"):
+        f.FlatMap.from_surfaces((far, np.concatenate([faces, torn])), sheet(9, 9), cache=False)
+    far = np.concatenate([coords, [[100.0, 3.0, 0], [140.0, 3.0, 0]]])
+    lost = np.concatenate([faces, [[0, 81, 82]]])
+    with pytest.raises(ValueError, match=r"at most 1% vertices lost with them, found 2 of 164"):
+        f.FlatMap.from_surfaces((far, lost), sheet(9, 9), cache=False)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.001])
+def test_coordinates_that_are_not_in_mm_are_refused(scale):
+    flat = f.split_hemispheres(data.surface_mesh("fsaverage5", "flat"))
+    with pytest.raises(ValueError, match=r"larger than the gap of 16 mm .* found .* in mm\?"):
+        f.FlatMap.from_surfaces(*flat, scale=scale, cache=False)
 
 
 def test_the_stretch_limit_grows_with_the_mesh():
@@ -404,7 +446,7 @@ def test_more_than_one_percent_flipped_is_refused():
 def test_an_overlapping_sheet_is_refused():
     coords, faces = sheet()
     twice = (np.concatenate([coords, coords + [0.5, 0.5, 0]]), np.concatenate([faces, faces + len(coords)]))
-    with pytest.raises(ValueError, match=r"covered twice, found \d+ of \d+ .*overlaps itself"):
+    with pytest.raises(ValueError, match=r"covered twice .*overlaps itself.*, found \d+ of \d+"):
         f.FlatMap.from_surfaces(twice, sheet(), cache=False)
 
 
@@ -460,12 +502,88 @@ def test_a_picture_that_is_too_small_for_the_sheet_is_refused():
         ({"keep": np.ones(3, bool)}, r"expected keep to be 84 booleans, found bool of shape \(3,\)"),
         ({"keep": np.zeros(84, bool)}, "expected triangles between the kept vertices, found none"),
         ({"height": 0}, "expected at least 1 × 1 pixels"),
+        ({"height": 30.0}, r"expected a whole number of pixels, found height 30\.0"),
         ({"pixel_size": -1.0}, "expected at least 1 × 1 pixels of more than 0 mm"),
+        ({"pixel_size": np.inf}, "expected at least 1 × 1 pixels of more than 0 mm"),
+        ({"pixel_size": np.nan}, "expected at least 1 × 1 pixels of more than 0 mm"),
+        ({"origin": (np.nan, 0)}, "expected a finite position of the first pixel"),
+        ({"scale": -1}, "expected a scale above 0, or 'fit', found -1"),
+        ({"scale": "auto"}, "expected a scale above 0, or 'fit', found 'auto'"),
+        ({"max_side": np.nan}, "expected a max_side above 0 mm, found nan"),
+        ({"padding": -2.0}, "expected a padding of at least 0 mm"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         small_map(**options)
+
+
+def test_grids_are_whole_numbers(fm):
+    for size in ((112.0, 280.0), (0, 280), (112, "280")):
+        with pytest.raises(ValueError, match=r"whole number|at least 1 × 1"):
+            fm.grid(*size)
+    grid = f.Grid(np.int16(3), np.int64(4), np.float32(2), 0, 1)
+    assert [type(v) for v in (grid.height, grid.width, grid.pixel_size, grid.x0, grid.y0)] == [
+        int,
+        int,
+        float,
+        float,
+        float,
+    ]
+
+
+def test_a_place_of_ones_own_may_cut_off_one_percent_with_a_warning():
+    whole, surfaces = small_map(), (sheet(30, 30), sheet(30, 30))
+    tall = f.FlatMap.from_surfaces(*surfaces, 60, 140, cache=False)
+    surfaces[0][0][-1, 1] += 0.7 * tall.pixel_size  # beyond the top edge, by a fifth of a pixel
+    place = dict(pixel_size=tall.pixel_size, origin=(tall.raster.x0, tall.raster.y0))
+    with pytest.warns(UserWarning, match="1 of 1800 used vertices lie beyond the picture"):
+        m = f.FlatMap.from_surfaces(*surfaces, 60, 140, cache=False, **place)
+    assert m.report.vertices_outside == 1
+    with pytest.raises(ValueError, match=r"outside: .*call `.grid\(height, width\)`"):
+        small_map(pixel_size=0.4, origin=(whole.raster.x0, whole.raster.y0))
+
+
+def test_left_and_right_must_be_left_and_right(tmp_path):
+    from nibabel import gifti, load, save
+
+    flat = f.split_hemispheres(data.surface_mesh("fsaverage5", "flat"))
+    paths = [tmp_path / "lh.gii", tmp_path / "rh.gii"]
+    for path, surface, side in zip(paths, flat, ("CortexLeft", "CortexRight"), strict=True):
+        f._write_gifti(path, *surface)
+        image = load(path)
+        image.darrays[0].meta = gifti.GiftiMetaData(AnatomicalStructurePrimary=side)
+        save(image, path)
+    assert f.FlatMap.from_surfaces(*paths, cache=False).n_vertices == 20484
+    with pytest.raises(ValueError, match=r"expected the left hemisphere, found CortexRight in the header"):
+        f.FlatMap.from_surfaces(*paths[::-1], cache=False)
+    with pytest.raises(ValueError, match=r"expected the right hemisphere, found CortexLeft"):
+        f.FlatMap.from_surfaces(paths[0], paths[0], cache=False)
+    f._write_gifti(paths[0], *flat[0])  # and one whose header says nothing
+    with pytest.raises(ValueError, match="the same file twice"):
+        f.FlatMap.from_surfaces(paths[0], paths[0], cache=False)
+
+
+def test_hemispheres_that_turn_the_other_way_round_are_no_flipped_sheet():
+    coords, faces = sheet(jitter=0.2, seed=1)
+    plain, turned = (
+        small_map(),
+        f.FlatMap.from_surfaces(sheet(jitter=0.2), (coords, faces[:, ::-1]), 30, 70, cache=False),
+    )
+    assert turned.report.flipped == 0 and (turned.mask == plain.mask).all()
+    assert abs(turned.weights - plain.weights).max() < 1e-12
+
+
+def test_what_is_left_out_by_keep_is_not_checked():
+    coords, faces = sheet()
+    dented = coords.copy()
+    dented[[0, 6], 2] = 40  # two corners leave the plane
+    keep = np.ones(84, bool)
+    keep[[0, 6]] = False
+    m = f.FlatMap.from_surfaces((dented, faces), sheet(), 30, 70, keep=keep, cache=False)
+    assert np.isnan(m.vertices[[0, 6]]).all()
+    with pytest.raises(ValueError, match="left surface is not planar"):
+        f.FlatMap.from_surfaces((dented, faces), sheet(), 30, 70, cache=False)
 
 
 # ------------------------------------------------------------------ bad values
@@ -501,6 +619,48 @@ def test_text_and_complex_numbers_are_refused(fm):
     for bad in (np.full(20484, "a"), np.zeros(20484, complex)):
         with pytest.raises(ValueError, match="expected real numbers"):
             fm.project(bad)
+    with pytest.raises(ValueError, match="expected real numbers, found complex128"):
+        fm.unproject(np.zeros((224, 560), complex))
+
+
+def test_numbers_that_float32_cannot_hold_are_refused(fm):
+    for bad in (1e39, -3.4028235e38):
+        values = np.zeros((3, 20484))
+        values[2, np.flatnonzero(fm.seen)[5]] = bad
+        with pytest.raises(ValueError, match=r"more than float32 holds \(3.4e\+38\) at 1 of them"):
+            fm.project(values)
+    with pytest.raises(ValueError, match="the most that float32 holds"):
+        fm.unproject(np.full((224, 560), 1e39))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int8, np.int32])
+def test_labels_of_any_integer_kind(fm, kind):
+    labels = (np.arange(20484) % 100).astype(kind)
+    image = fm.project_labels(labels)
+    assert image.dtype == np.int64 and np.array_equal(image, fm.project_labels(labels.astype(int)))
+
+
+def test_labels_that_are_no_labels_are_refused(fm):
+    for bad in (np.zeros((2, 20484), int), np.zeros(20484), np.zeros(20484, bool), np.zeros(5, int)):
+        with pytest.raises(ValueError, match=r"expected 20484 integer labels, found (int|float|bool)"):
+            fm.project_labels(bad)
+
+
+def test_a_fill_value_that_the_numbers_cannot_hold(fm):
+    packed = np.ones(fm.n_pixels, np.int64)
+    image = fm.unpack(packed, fill=np.nan)
+    assert np.isnan(image[~fm.mask]).all() and (image[fm.mask] == 1).all()
+    assert fm.unpack(packed).dtype == np.int64 and fm.unpack(packed > 0).dtype == bool
+    image = fm.unpack(packed.astype(np.uint8), fill=-1)
+    assert (image[~fm.mask] == -1).all() and (image[fm.mask] == 1).all()
+    assert np.isnan(fm.unpack(packed.astype(np.float32), fill=np.nan)[~fm.mask]).all()
+
+
+def test_a_shared_map_cannot_be_changed_by_accident(fm):
+    assert f.FlatMap.fsaverage5() is fm
+    for array in (fm.vertices, fm.faces, fm.pixels, fm.mask, fm.seen, fm.strongest, fm.weights.data):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 0
 
 
 def test_wrong_images_are_refused(fm):
@@ -549,6 +709,34 @@ def test_a_damaged_file_is_rebuilt(cache, damage):
     again = small_map(cache=True)
     assert (again.weights != first.weights).nnz == 0
     assert set(np.load(path).files) == set(f._STORED)  # and the file is whole again
+
+
+@pytest.mark.parametrize("damage", ["short data", "zeros", "index", "row sums", "pixels", "starts"])
+def test_a_readable_file_that_is_no_matrix_is_rebuilt(cache, damage):
+    first = small_map(cache=True)
+    (path,) = cache.iterdir()
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    if damage == "short data":
+        arrays["data"] = arrays["data"][:-3]
+    elif damage == "starts":
+        arrays["indptr"] = arrays["indptr"][::-1]
+    else:
+        name = {"index": "indices", "pixels": "pixels"}.get(damage, "data")
+        arrays[name] = {
+            "zeros": arrays["data"] * 0,
+            "index": arrays["indices"] + 80,
+            "row sums": arrays["data"] * 1.1,
+            "pixels": arrays["pixels"] + 30 * 70,
+        }[damage]
+    np.savez(path, **arrays)
+    again = small_map(cache=True)
+    assert (again.weights != first.weights).nnz == 0 and (again.pixels == first.pixels).all()
+
+
+def test_without_a_cache_nothing_is_written(cache):
+    small_map(cache=False).grid(15, 35)
+    assert not cache.exists()
 
 
 def test_a_change_of_geometry_grid_or_rules_is_another_file(cache, monkeypatch):
@@ -608,6 +796,36 @@ def test_the_published_recipe_is_applied_to_32k_fs_lr(tmp_path):
     assert not m.seen[data.parcellation(1000, "fsLR_32k") == 0].any()
     more = f.FlatMap.from_pycortex("32k_fs_LR", store=tmp_path, triangulation="delaunay")
     assert more.n_pixels > m.n_pixels
+    with pytest.raises(ValueError, match=r"outside: .*call `.grid\(height, width\)`"):
+        f.FlatMap.from_pycortex("32k_fs_LR", store=tmp_path, height=112, width=280)
+    assert m.grid(112, 280).mask.shape == (112, 280)
+
+
+@pytest.mark.parametrize("what", ["a medial wall out of the plane", "a vertex beyond the published picture"])
+def test_the_published_recipe_on_files_that_are_not_as_clean(tmp_path, what):
+    mesh, folder = data.surface_mesh("fsLR_32k", "flat"), tmp_path / "32k_fs_LR" / "surfaces"
+    folder.mkdir(parents=True)
+    for side, (coords, faces) in zip(("lh", "rh"), f.split_hemispheres(mesh), strict=True):
+        coords, wall = (
+            coords * 0.66,
+            data.parcellation(1000, "fsLR_32k").reshape(2, -1)[int(side == "rh")] == 0,
+        )
+        if what.startswith("a medial"):
+            coords[wall, 2] = 20.0
+            ring = np.flatnonzero(wall)[:300].reshape(-1, 3)  # and the file lists triangles there
+            faces = np.concatenate([faces, ring])
+        elif side == "lh":
+            top = np.flatnonzero(~wall & np.isin(np.arange(len(wall)), faces))
+            top = top[coords[top, 1].argmax()]
+            coords[top, 1] = 150.0
+        f._write_gifti(folder / f"flat_{side}.gii", coords, faces)
+    if what.startswith("a medial"):
+        m = f.FlatMap.from_pycortex("32k_fs_LR", store=tmp_path)
+        assert m.report.vertices_outside == 0 and np.isfinite(m.vertices[:, 0]).sum() > 55_000
+    else:
+        with pytest.warns(UserWarning, match="1 of .* used vertices lie beyond the picture"):
+            m = f.FlatMap.from_pycortex("32k_fs_LR", store=tmp_path, max_side=200.0)
+        assert m.report.vertices_outside == 1
 
 
 def test_the_subject_that_comes_with_pycortex():
@@ -677,6 +895,13 @@ def test_torn_neighbours_are_found_on_a_sheet_with_a_known_cut():
 def test_volume_slices_refuse_other_spaces():
     with pytest.raises(ValueError, match=r"expected a volume space, found 'schaefer100' \(parcels\)"):
         f.volume_slices(np.zeros(100), data.Space.named("schaefer100"))
+
+
+def test_volume_slices_show_the_whole_brain():
+    space = data.Space.named("MNI152NLin6Asym_4mm")
+    image = f.volume_slices(np.ones(len(space.voxels)), space, heights=(20,))
+    level = round((20 - space.affine[2, 3]) / space.affine[2, 2])
+    assert np.isfinite(image).sum() == (space.voxels[:, 2] == level).sum()
 
 
 def test_volume_slices_keep_left_left():
