@@ -57,10 +57,13 @@ def test_another_process_gives_the_same_bits_whatever_its_threads(threads):
 
 def test_threads_of_one_process_make_the_same_bits():
     code = (
-        "import hashlib\nfrom concurrent.futures import ThreadPoolExecutor\nfrom fmri_book.cohort import Cohort\n"
+        "import hashlib\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        "from threadpoolctl import threadpool_info\nfrom fmri_book.cohort import Cohort\n"
         "c = Cohort(n_subjects=6, n_frames=100, space='schaefer400', tasks=('rest', 'visual'))\n"
         "make = lambda i: hashlib.sha256(c[i].bold.tobytes()).hexdigest()\n"
-        "with ThreadPoolExecutor(8) as pool: print(*pool.map(make, range(24)))"
+        "make(1); before = threadpool_info()\n"
+        "with ThreadPoolExecutor(8) as pool: print(*pool.map(make, range(24)))\n"
+        "assert threadpool_info() == before, 'the limit on threads was not given back'\n"
     )
     env = os.environ | {"OPENBLAS_NUM_THREADS": "4", "OMP_NUM_THREADS": "4", "PYTHONPATH": ROOT}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.split()
