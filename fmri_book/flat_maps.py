@@ -623,7 +623,7 @@ def unpack(
     images[:, self.pixels] = frames
     return images.reshape(*np.shape(packed)[:-1], self.height, self.width)
 
-# %% ../nbs/02_flat_maps.ipynb #1748b777
+# %% ../nbs/02_flat_maps.ipynb #35a0c0c0
 @patch(as_prop=True)
 def strongest(self: FlatMap) -> np.ndarray:  # (n_pixels,) vertex numbers
     "The vertex with the largest weight in each pixel (usually, but not always, the nearest one)."
@@ -644,7 +644,7 @@ def project_labels(
         )
     return self.unpack(labels.astype(np.int64)[self.strongest], fill=background)
 
-# %% ../nbs/02_flat_maps.ipynb #2d60f87c
+# %% ../nbs/02_flat_maps.ipynb #748dca32
 LEAN = 1e-4  # λ: how strongly a vertex is drawn to the mean of its pixels; see the table of errors in the chapter
 
 
