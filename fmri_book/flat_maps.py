@@ -1199,13 +1199,13 @@ def webgl_page(
     page.write_text(page.read_text().replace("<!DOCTYPE html>", "<!DOCTYPE html>" + silent, 1))
     return page
 
-# %% ../nbs/02_flat_maps.ipynb #c1dc06f6
+# %% ../nbs/02_flat_maps.ipynb #c965c3fa
 _FRAME = """<div id="%(id)s" class="fb-embedded"><iframe title="%(alt)s" data-src="%(source)s" loading="lazy"
 style="width:100%%;max-width:100%%;height:%(height)dpx;border:1px solid #bbb;border-radius:6px;background:#000"></iframe>
 <div class="fb-buttons" style="display:flex;flex-wrap:wrap;gap:.4em;margin-top:.4em"><button type="button" data-mix="0" data-radius="400">folded</button>
 <button type="button" data-mix="0.5" data-radius="400">inflated</button><button type="button" data-mix="1" data-radius="230">flat</button>
 <button type="button" class="fb-next">next map</button></div>
-<p class="fb-needs-http" hidden>This viewer needs a web server: run <code>make serve</code> and open the address that it prints.</p></div>
+<p class="fb-needs-http" hidden>This viewer needs a web server: run <code>make serve</code> and open the address that it prints. Until then, the picture above shows the same three stages.</p></div>
 <script>(function(){const box=document.getElementById("%(id)s"),frame=box.querySelector("iframe"),row=box.querySelector(".fb-buttons");
 if(!location.protocol.startsWith("http")){frame.style.display=row.style.display="none";box.querySelector("p").hidden=false;return}
 for(const b of row.children)b.style="padding:.25em .8em;border:1px solid currentColor;border-radius:6px;background:none;color:inherit";
