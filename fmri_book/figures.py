@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ['DIVERGING', 'SEQUENTIAL', 'oklab_to_rgb', 'diverging_colours', 'sequential_colours', 'register_colour_maps',
            'plotly_scale', 'use_book_style', 'show', 'in_book', 'plotly_html', 'surface_figure', 'player']
 
-# %% ../nbs/00_figures.ipynb #6f267456
+# %% ../nbs/00_figures.ipynb #92be028b
 def oklab_to_rgb(
     lab: np.ndarray,  # (..., 3): lightness L in 0..1, then the green-red and blue-yellow axes
 ) -> np.ndarray:  # (..., 3) sRGB in 0..1, clipped where the screen cannot show the colour
@@ -41,7 +41,7 @@ def oklab_to_rgb(
     linear = np.clip((np.asarray(lab) @ to_cones.T) ** 3 @ to_linear.T, 0, 1)
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
-# %% ../nbs/00_figures.ipynb #1cb7042e
+# %% ../nbs/00_figures.ipynb #2a89958a
 def diverging_colours(n: int = 256) -> np.ndarray:  # (n, 3) sRGB
     "Blue for negative, near-white for zero, red for positive; lightness is linear in the distance from zero."
     x = np.linspace(-1, 1, n)[:, None]
@@ -61,7 +61,7 @@ def sequential_colours(n: int = 256) -> np.ndarray:  # (n, 3) sRGB
     chroma = 0.05 + 0.09 * np.sin(np.pi * x)
     return oklab_to_rgb(np.concatenate([0.22 + 0.74 * x, chroma * np.cos(hue), chroma * np.sin(hue)], 1))
 
-# %% ../nbs/00_figures.ipynb #22686f46
+# %% ../nbs/00_figures.ipynb #9f484d60
 DIVERGING, SEQUENTIAL = "book_diverging", "book_sequential"
 
 
@@ -84,7 +84,7 @@ def plotly_scale(name: str = DIVERGING, n: int = 33) -> list[list]:
         [i / (n - 1), "rgb({},{},{})".format(*(255 * c).round().astype(int))] for i, c in enumerate(colours)
     ]
 
-# %% ../nbs/00_figures.ipynb #3bb11b5c
+# %% ../nbs/00_figures.ipynb #4aad5cf7
 def use_book_style() -> None:
     "Sizes, fonts and colours for matplotlib figures; call it once at the top of a chapter."
     import matplotlib as mpl
@@ -110,7 +110,7 @@ def use_book_style() -> None:
         }
     )
 
-# %% ../nbs/00_figures.ipynb #80db8cb4
+# %% ../nbs/00_figures.ipynb #02b813c8
 def show(
     fig: Figure,  # it is closed afterwards
     alt: str,  # what the figure shows, for readers who cannot see it
@@ -135,7 +135,7 @@ def show(
     image = f'<img class="fb-figure" alt="{_escape(alt)}" style="{size}max-width:100%" src="data:image/png;base64,{data}">'
     return HTML(f'<div class="fb-scroll" style="overflow-x:auto">{image}</div>')
 
-# %% ../nbs/00_figures.ipynb #a28e0349
+# %% ../nbs/00_figures.ipynb #214c823d
 def _smaller(png: bytes, limit: int = 400_000) -> bytes:
     "A large PNG with its colours reduced to the 256 that fit it best: pages stay light."
     from PIL import Image
@@ -160,7 +160,7 @@ def _escape(text: str) -> str:
 
     return html.escape(" ".join(text.split()), quote=True)
 
-# %% ../nbs/00_figures.ipynb #4a456006
+# %% ../nbs/00_figures.ipynb #2a98a181
 def in_book() -> bool:
     "True while the book is being built: scripts then come from the site's own folder."
     return os.environ.get("FMRI_BOOK_BUILD") == "1"
@@ -194,7 +194,7 @@ def plotly_html(
     )
     return HTML(f'<div class="fb-interactive" role="figure" aria-label="{_escape(alt)}">{body}</div>')
 
-# %% ../nbs/00_figures.ipynb #fee5ac05
+# %% ../nbs/00_figures.ipynb #05a54a7d
 def surface_figure(
     values: np.ndarray,  # (vertices,) what to colour by; triangles with a NaN corner are grey
     coords: np.ndarray,  # (vertices, 3) mm
@@ -227,7 +227,7 @@ def surface_figure(
         traces, dict(scene=dict(xaxis=axis, yaxis=axis, zaxis=axis, aspectmode="data", camera=camera))
     )
 
-# %% ../nbs/00_figures.ipynb #7f8fe7f6
+# %% ../nbs/00_figures.ipynb #d44f659a
 def _mesh(coords, faces, **colour):
     import plotly.graph_objects as go
 
@@ -236,7 +236,7 @@ def _mesh(coords, faces, **colour):
         x=x, y=y, z=z, i=i, j=j, k=k, lighting=dict(ambient=0.55, diffuse=0.6, specular=0.1), **colour
     )
 
-# %% ../nbs/00_figures.ipynb #16ccf533
+# %% ../nbs/00_figures.ipynb #9c281c51
 def _sprite(
     frames: np.ndarray,  # (time, height, width), NaN = background
     vmin: float,
@@ -259,7 +259,7 @@ def _sprite(
     Image.fromarray(picture).save(buffer, "PNG", optimize=True)
     return buffer.getvalue(), columns
 
-# %% ../nbs/00_figures.ipynb #0277a390
+# %% ../nbs/00_figures.ipynb #1d0e7028
 def _colours() -> list:
     return (255 * diverging_colours(63)).round().astype(int).tolist()
 
@@ -303,7 +303,7 @@ root.dataset.ready="1";draw()};
 image.src="data:image/png;base64,%(png)s";draw()})();</script>
 """
 
-# %% ../nbs/00_figures.ipynb #52d44555
+# %% ../nbs/00_figures.ipynb #de1edeb0
 def player(
     frames: np.ndarray,  # (time, height, width), any unit; NaN = background
     labels: Sequence[str],  # (time,) what to write beside the slider, for instance '70.0 s'

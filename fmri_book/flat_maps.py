@@ -992,7 +992,7 @@ def _fs_lr_32k(height: int, width: int, pixel_size: float) -> FlatMap:
         name="fs_LR 32k (S1200)",
     )
 
-# %% ../nbs/02_flat_maps.ipynb #71b55640
+# %% ../nbs/02_flat_maps.ipynb #ea7b8eab
 def show_flat(
     image: np.ndarray,  # (height, width)
     fm: FlatMap,
@@ -1004,8 +1004,9 @@ def show_flat(
 ) -> Axes:
     "Draw one image on its flat map, in mm."
     import matplotlib.pyplot as plt
-    from fmri_book.figures import DIVERGING
+    from fmri_book.figures import DIVERGING, register_colour_maps
 
+    register_colour_maps()
     ax = ax or plt.subplots(figsize=(8, 3.3))[1]
     limit = limit or float(np.nanpercentile(np.abs(image[fm.mask]), 99)) or 1.0
     drawn = ax.imshow(

@@ -216,7 +216,8 @@ def test_dead_sites_travel_as_dead_sites():
 
 
 def test_shared_geometry_cannot_be_changed():
-    for array in (Space.named("schaefer100").coords, data.surface_mesh("fsaverage5").coords, data.parcellation(100, "fsaverage5")):
+    for array in (Space.named("schaefer100").coords, data.surface_mesh("fsaverage5").coords, data.parcellation(100, "fsaverage5"),
+                  data.parcellation(100), data.fsaverage5_on_fslr_sphere()):
         with pytest.raises(ValueError, match="read-only"): array[0] = 0
 
 
@@ -347,3 +348,16 @@ def test_our_copy_of_the_golden_values_is_theirs():
     for tr, (count, first, last) in RESAMPLED.items():
         entry = golden[f"resample_{tr}_to_1.0"]
         assert entry["shape"][0] == count and entry["first3"] == first and entry["last"] == last
+
+
+def test_figures_need_no_preparation():
+    "A library user draws without having asked for the book's style first."
+    code = """
+import matplotlib; matplotlib.use("agg")
+import matplotlib.pyplot as plt, numpy as np
+from fmri_book.data import show_connectivity
+from fmri_book.flat_maps import FlatMap, show_flat
+show_connectivity(plt.gca(), np.eye(100), "schaefer100", "x"); plt.gcf().canvas.draw()
+fm = FlatMap.fsaverage5(56, 140); show_flat(np.ones(fm.mask.shape), fm).figure.canvas.draw()
+print("drawn")"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "drawn"
