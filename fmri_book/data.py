@@ -57,7 +57,7 @@ def cache_dir() -> Path:
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/01_data.ipynb #77841d46
+# %% ../nbs/01_data.ipynb #27f881be
 SITE_NOUNS = {"surface": "vertices", "parcels": "parcels", "volume": "voxels"}
 NETWORKS = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Limbic", "Cont", "Default")
 PARCEL_COUNTS = (100, 200, 300, 400, 1000)
@@ -68,8 +68,9 @@ SPACES = (
     "MNI152NLin6Asym_2mm",
     "MNI152NLin6Asym_4mm",
 )
+_OWN_SPACES = {}  # what users bring: their own masks and atlases
 
-# %% ../nbs/01_data.ipynb #07875820
+# %% ../nbs/01_data.ipynb #7b6d02f6
 @dataclass(frozen=True, eq=False)
 class Space:
     "Where the sites of a run are: their number, order, names, coordinates and side. Get one by `Space.named`."
@@ -77,10 +78,12 @@ class Space:
     name: str
     kind: Literal["surface", "parcels", "volume"]
     coords: np.ndarray  # (sites, 3) mm; x grows to the right, y to the front, z up (RAS)
-    hemisphere: np.ndarray  # (sites,) 'L' or 'R'
+    hemisphere: np.ndarray  # (sites,) 'L' or 'R'; '' on the midline
     network: np.ndarray  # (sites,) one of NETWORKS, or '' where a site has none
     cortex: np.ndarray  # (sites,) bool; False on the medial wall, where there is no cortex to measure
-    reference: Literal["MNI305", "MNI152"]  # which average brain the millimetres refer to
+    reference: Literal[
+        "MNI305", "MNI152", "native"
+    ]  # whose millimetres: an average brain's, or the person's own
     names: np.ndarray = None  # (sites,) one name a site
     shape: tuple[int, int, int] | None = None  # volumes: the grid
     affine: np.ndarray | None = None  # volumes: grid index -> mm
@@ -103,12 +106,14 @@ class Space:
 
     @staticmethod
     def named(name: str) -> Space:
-        "The space of that name; all names are in `SPACES`."
+        "The space of that name: one of `SPACES`, or one that was registered."
+        if name in _OWN_SPACES:
+            return _OWN_SPACES[name]
         if name not in SPACES:
-            raise ValueError(f"unknown space '{name}': expected one of {', '.join(SPACES)}")
+            raise ValueError(f"unknown space '{name}': expected one of {', '.join((*SPACES, *_OWN_SPACES))}")
         return _build_space(name)
 
-# %% ../nbs/01_data.ipynb #987a2560
+# %% ../nbs/01_data.ipynb #a2bce231
 @patch(as_prop=True)
 def n_sites(self: Space) -> int:
     "Number of sites."
@@ -118,13 +123,17 @@ def n_sites(self: Space) -> int:
 @patch
 def _check_sides(self: Space):
     "Left must be left: the mean x of each hemisphere tells a mirrored space from a correct one."
-    x = {h: self.coords[(self.hemisphere == h) & self.cortex, 0].mean() for h in "LR"}
-    if not x["L"] < 0 < x["R"]:
+    x = {h: self.coords[(self.hemisphere == h) & self.cortex, 0] for h in "LR"}
+    x = {h: values.mean() if len(values) else {"L": -np.inf, "R": np.inf}[h] for h, values in x.items()}
+    if not x["L"] < x["R"] or (self.reference != "native" and not x["L"] < 0 < x["R"]):
         raise ValueError(
             f"{self.name}: expected the left hemisphere at negative x and the right at positive x (RAS), "
             f"found mean x of {x['L']:.1f} mm (L) and {x['R']:.1f} mm (R): is the data mirrored (LAS)?"
         )
-    if self.kind != "volume" and not np.array_equal(np.sort(self.hemisphere), self.hemisphere):
+    ordered = (
+        self.kind == "surface" or self.name in SPACES
+    )  # atlases that users bring have orders of their own
+    if ordered and self.kind != "volume" and not np.array_equal(np.sort(self.hemisphere), self.hemisphere):
         raise ValueError(
             f"{self.name}: expected all left sites before all right sites, found them mixed or reversed"
         )
@@ -316,6 +325,88 @@ def _build_space(name: str) -> Space:
         "MNI152",
         names=parcel_names(n),
     )
+
+# %% ../nbs/01_data.ipynb #4ef72b63
+@patch(as_prop=True)
+def digest(self: Space) -> str:
+    "16 hexadecimal digits that change when the number, order, names or places of the sites change."
+    import hashlib
+
+    parts = [self.kind, self.reference, str(self.shape), *map(str, self.names), *map(str, self.hemisphere)]
+    known = hashlib.blake2b("|".join(parts).encode(), digest_size=8)
+    for array in (self.coords, self.cortex, self.affine, self.voxels):
+        if array is not None:
+            known.update(np.ascontiguousarray(array, "<f4").tobytes())
+    return known.hexdigest()
+
+
+@patch
+def register(self: Space) -> Space:
+    "Make the space known by its name. The same space may be registered twice; another one of that name is refused."
+    if self.name in SPACES:
+        raise ValueError(f"'{self.name}' is the name of a space of this package: expected another name")
+    known = _OWN_SPACES.setdefault(self.name, self)
+    if known.digest != self.digest:
+        raise ValueError(
+            f"expected '{self.name}' to be {known}, which is registered, found {self}, which differs"
+        )
+    return known
+
+# %% ../nbs/01_data.ipynb #a0d97f6a
+@patch(cls_method=True)
+def from_mask(
+    cls: Space,
+    name: str,
+    mask: np.ndarray,  # (x, y, z) bool: the voxels that become sites, in C order
+    affine: np.ndarray,  # (4, 4) grid index -> mm, axes in RAS order
+    reference: Literal["MNI152", "native"] = "native",
+) -> Space:
+    "The voxels inside a mask, registered as a volume space."
+    import nibabel as nib
+
+    mask, affine = np.asarray(mask, bool), np.asarray(affine, float)
+    if mask.ndim != 3 or not mask.any():
+        raise ValueError(
+            f"{name}: expected a 3-D mask with voxels in it, found shape {mask.shape}, {mask.sum()} inside"
+        )
+    if (axes := "".join(nib.aff2axcodes(affine))) != "RAS":
+        raise ValueError(
+            f"{name}: expected axes in RAS order, found {axes}: use nibabel.as_closest_canonical first"
+        )
+    voxels = np.argwhere(mask)
+    coords = (voxels @ affine[:3, :3].T + affine[:3, 3]).astype(np.float32)
+    middle = 0 if reference == "MNI152" else coords[:, 0].mean()
+    side = np.where(coords[:, 0] < middle, "L", np.where(coords[:, 0] > middle, "R", ""))
+    empty, inside = np.full(len(voxels), ""), np.ones(len(voxels), bool)
+    space = cls(
+        name, "volume", coords, side, empty, inside, reference, shape=mask.shape, affine=affine, voxels=voxels
+    )
+    return space.register()
+
+# %% ../nbs/01_data.ipynb #6b269c21
+@patch
+def save(
+    self: Space,
+    path: str | Path,  # an .npz file
+) -> Path:
+    "All arrays of the space in one file."
+    arrays = {key: value for key, value in vars(self).items() if value is not None}
+    np.savez_compressed(path, **arrays)
+    return Path(path)
+
+
+@patch(cls_method=True)
+def load(cls: Space, path: str | Path) -> Space:
+    "A space from its file; one that is not part of this package is registered by its name."
+    with np.load(path, allow_pickle=False) as stored:
+        values = {key: stored[key] for key in stored.files}
+    for key in ("name", "kind", "reference"):
+        values[key] = str(values[key])
+    if "shape" in values:
+        values["shape"] = tuple(map(int, values["shape"]))
+    if values["name"] in SPACES:
+        return Space.named(values["name"])
+    return cls(**values).register()
 
 # %% ../nbs/01_data.ipynb #1a4f22a1
 @dataclass(eq=False)
@@ -850,13 +941,17 @@ def parcellation(
         out[j] = labels[i][_nearest(b_xyz[j], a_xyz[i])]
     return read_only(out)
 
-# %% ../nbs/01_data.ipynb #47c71df9
+# %% ../nbs/01_data.ipynb #b88bfb09
 @lru_cache(maxsize=32)
 def transfer(source: str, target: str) -> Transfer:
     "How values travel from one named space to another."
     a, b = Space.named(source), Space.named(target)
     if source == target:
         raise ValueError(f"expected two different spaces, found '{source}' twice")
+    if own := [name for name in (source, target) if name not in SPACES]:
+        raise ValueError(
+            f"expected two of {', '.join(SPACES)}, found '{own[0]}': how values travel there is not known"
+        )
     if a.kind == b.kind == "parcels":
         there, back = transfer(source, "fsLR_32k"), transfer("fsLR_32k", target)
         both = (
