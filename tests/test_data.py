@@ -2,6 +2,7 @@
 import json
 import sys
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -361,3 +362,97 @@ show_connectivity(plt.gca(), np.eye(100), "schaefer100", "x"); plt.gcf().canvas.
 fm = FlatMap.fsaverage5(56, 140); show_flat(np.ones(fm.mask.shape), fm).figure.canvas.draw()
 print("drawn")"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "drawn"
+
+
+# --- spaces that users bring ------------------------------------------------------------------------------------------
+
+RAS = np.array([[3.0, 0, 0, -30], [0, 3, 0, -40], [0, 0, 3, -20], [0, 0, 0, 1]])
+
+
+@pytest.fixture
+def forget(monkeypatch):
+    "Spaces registered in a test are forgotten after it."
+    monkeypatch.setattr(data, "_OWN_SPACES", {})
+
+
+def some_mask(seed=0, shape=(21, 9, 7)):
+    return np.random.default_rng(seed).random(shape) < 0.3
+
+
+def test_a_mask_becomes_a_space(forget):
+    mask = some_mask()
+    space = Space.from_mask("mine", mask, RAS, "MNI152")
+    assert space is Space.named("mine") and space.n_sites == mask.sum() and space.shape == mask.shape
+    np.testing.assert_allclose(space.coords, np.argwhere(mask) * 3.0 + RAS[:3, 3])
+    x = space.coords[:, 0]
+    assert set(space.hemisphere[x < 0]) == {"L"} and set(space.hemisphere[x > 0]) == {"R"} and set(space.hemisphere[x == 0]) == {""}
+    grid = space.to_grid(np.arange(space.n_sites, dtype=np.float32))
+    np.testing.assert_array_equal(grid[mask], np.arange(space.n_sites))
+    assert np.isnan(grid[~mask]).all()
+    run = Run(np.random.default_rng(1).standard_normal((5, space.n_sites)), 2.0, "mine")
+    assert run.sites is space and "voxels" in repr(run)
+
+
+def test_a_space_comes_back_from_its_file(forget, tmp_path, monkeypatch):
+    space = Space.from_mask("mine", some_mask(), RAS)
+    parcels = Space(
+        "three", "parcels", np.array([[30.0, 0, 0], [-30, 0, 0], [0, 5, 5]], np.float32), np.array(["R", "L", ""]),
+        np.array(["Vis", "", ""]), np.array([True, True, False]), "MNI152", names=np.array(["rechts", "links", "mitte ü"]),
+    ).register()
+    for original in (space, parcels, Space.named("schaefer100")):
+        original.save(tmp_path / f"{original.name}.npz")
+    monkeypatch.setattr(data, "_OWN_SPACES", {})
+    for original in (space, parcels):
+        with pytest.raises(ValueError, match="unknown space"):
+            Space.named(original.name)
+        loaded = Space.load(tmp_path / f"{original.name}.npz")
+        assert loaded.digest == original.digest and loaded.shape == original.shape
+        for key, value in vars(original).items():
+            if isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(getattr(loaded, key), value)
+                assert not getattr(loaded, key).flags.writeable
+    assert Space.load(tmp_path / "schaefer100.npz") is Space.named("schaefer100")
+
+
+def test_names_of_spaces_mean_one_thing(forget):
+    Space.from_mask("mine", some_mask(), RAS)
+    Space.from_mask("mine", some_mask(), RAS)
+    with pytest.raises(ValueError, match="'mine'.*registered.*differs"):
+        Space.from_mask("mine", some_mask(1), RAS)
+    with pytest.raises(ValueError, match="name of a space of this package"):
+        Space.from_mask("fsaverage5", some_mask(), RAS)
+
+
+@pytest.mark.parametrize("change", ["coords", "hemisphere", "names", "cortex", "order"])
+def test_the_digest_sees_every_change(forget, change):
+    space = Space.from_mask("mine", some_mask(), RAS)
+    if change == "order":
+        moved = {k: getattr(space, k)[::-1] for k in ("coords", "hemisphere", "names", "cortex", "voxels")}
+    else:
+        value = getattr(space, change).copy()
+        value[3] = {"coords": value[3] + 1 if change == "coords" else 0, "hemisphere": "", "names": "?", "cortex": False}[change]
+        moved = {change: value}
+    assert replace(space, **moved).digest != space.digest
+
+
+def test_masks_that_are_refused(forget):
+    with pytest.raises(ValueError, match="RAS order, found LAS"):
+        Space.from_mask("m", some_mask(), RAS * [[-1], [1], [1], [1]])
+    with pytest.raises(ValueError, match="3-D mask with voxels in it"):
+        Space.from_mask("m", np.zeros((3, 3, 3)), RAS)
+    with pytest.raises(ValueError, match="3-D mask"):
+        Space.from_mask("m", np.ones((3, 3)), RAS)
+
+
+def test_nothing_travels_from_a_space_that_is_not_known(forget):
+    space = Space.from_mask("mine", some_mask(), RAS)
+    with pytest.raises(ValueError, match="'mine': how values travel"):
+        Run(np.random.default_rng(0).standard_normal((4, space.n_sites)), 1.0, "mine").to("schaefer100")
+
+
+def test_a_mirrored_atlas_is_refused_in_any_order():
+    coords = np.array([[30.0, 0, 0], [-30, 0, 0]], np.float32)
+    make = lambda sides: Space("a", "parcels", coords, np.array(sides), np.array(["", ""]), np.ones(2, bool), "MNI152")
+    assert make(["R", "L"]).n_sites == 2
+    with pytest.raises(ValueError, match="mirrored"):
+        make(["L", "R"])
