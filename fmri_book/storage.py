@@ -37,10 +37,10 @@ class DamagedFile(ValueError):
     "A file that is not what its checksum, header or format says it is."
 
 # %% auto #0
-__all__ = ['MANIFEST', 'DamagedFile', 'run_key', 'Layout', 'Record', 'atomic_path', 'sweep', 'write_manifest', 'read_manifest',
+__all__ = ['MANIFEST', 'DamagedFile', 'run_key', 'Record', 'Layout', 'atomic_path', 'sweep', 'write_manifest', 'read_manifest',
            'finished_runs', 'write_run', 'finish_store', 'write_store', 'Store', 'Verification', 'verify']
 
-# %% ../nbs/01b_storage.ipynb #04ee6ba4
+# %% ../nbs/01b_storage.ipynb #e41e0db1
 _PARTS = {"subject": "sub", "session": "ses", "task": "task", "run": "run"}
 
 
@@ -53,172 +53,10 @@ def run_key(subject: str, session: str = "", task: str = "", run: str = "") -> s
         bad = [c for c in value if c in "/\\" or unicodedata.category(c) in ("Cc", "Cs")]
         if bad or re.search(r"_(ses|task|run)-", value):
             raise ValueError(
-                f"expected a {name} without '/', '\\', control characters and parts like '_run-', found {value!r}"
+                f"expected '{name}-…' without '/', '\\', control characters and parts like '_run-', found {value!r}"
             )
     key = "_".join(f"{name}-{value}" for name, value in parts.items() if value)
     return unicodedata.normalize("NFC", key)  # one letter, one spelling
-
-# %% ../nbs/01b_storage.ipynb #72a2dfe8
-@dataclass(frozen=True, eq=False)
-class Layout:
-    "What the columns of a frame are. Get one by `Layout.of` or `Layout.flat`."
-
-    space: str  # the name of a Space, or 'flat'
-    n_sites: int
-    mask: np.ndarray | None = None  # flat: (height, width) bool; canonical: its True pixels, row by row
-    surface: str = ""  # flat: 'fsaverage5', 'fsLR_32k', 'published' or ''
-    patch: tuple[int, int] | None = None  # flat: columns are STORED patch by patch, (height, width) pixels
-    packed: bytes | None = field(default=None, repr=False)  # a space of one's own, as it came from a file
-
-    def __post_init__(self):
-        if (self.space == "flat") != (self.mask is not None):
-            raise ValueError(f"expected a mask for a flat layout and only there, found space '{self.space}'")
-        if self.mask is not None:
-            object.__setattr__(self, "mask", read_only(np.array(self.mask, bool)))
-        if self.patch is not None:
-            object.__setattr__(self, "patch", tuple(map(operator.index, self.patch)))
-        _check_layout(self)
-
-    @staticmethod
-    def of(space: str | Space) -> Layout:
-        "One column for each site of a space, in the order of the space."
-        space = Space.named(space) if isinstance(space, str) else space
-        return Layout(space.name, space.n_sites)
-
-    @staticmethod
-    def flat(mask: np.ndarray, surface: str = "", patch: tuple[int, int] | None = None) -> Layout:
-        "One column for each pixel inside a (height, width) mask."
-        return Layout("flat", int(np.asarray(mask, bool).sum()), mask, surface, patch)
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, Layout) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-# %% ../nbs/01b_storage.ipynb #736294be
-def _check_layout(layout: Layout):
-    mask, patch = layout.mask, layout.patch
-    if mask is not None and (mask.ndim != 2 or not 0 < mask.sum() == layout.n_sites):
-        raise ValueError(
-            f"expected a (height, width) mask with {layout.n_sites} pixels inside, at least one, "
-            f"found shape {mask.shape} with {mask.sum()}"
-        )
-    if patch is not None and (mask is None or len(patch) != 2 or min(patch) < 1):
-        raise ValueError(
-            f"expected patch=(height, width) on a flat layout, found {patch} on space '{layout.space}'"
-        )
-
-
-@lru_cache(maxsize=16)
-def _orders(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    if layout.patch is None:
-        order = np.arange(layout.n_sites, dtype=np.intp)
-    else:
-        (rows, columns), (height, width) = np.nonzero(layout.mask), layout.patch
-        order = np.lexsort((columns % width, rows % height, columns // width, rows // height))
-    return read_only(order), read_only(np.argsort(order))
-
-
-@patch(as_prop=True)
-def order(self: Layout) -> np.ndarray:  # (n_sites,) intp
-    "Which canonical column each stored column holds: `stored = canonical[:, order]`."
-    return _orders(self)[0]
-
-
-@patch(as_prop=True)
-def inverse(self: Layout) -> np.ndarray:  # (n_sites,) intp
-    "Where each canonical column is stored: `canonical = stored[:, inverse]`."
-    return _orders(self)[1]
-
-# %% ../nbs/01b_storage.ipynb #a289201a
-@patch(as_prop=True)
-def patch_table(self: Layout) -> np.ndarray:
-    "(patches, 4): row and column of each patch with a pixel inside, its first stored column, how many it has."
-    if self.patch is None:
-        raise ValueError("expected a layout stored patch by patch, found one in canonical order")
-    rows, columns = (axis[self.order] for axis in np.nonzero(self.mask))
-    where = np.stack([rows // self.patch[0], columns // self.patch[1]], axis=1)
-    found, first, count = np.unique(where, axis=0, return_index=True, return_counts=True)
-    return np.column_stack([found, first, count])
-
-# %% ../nbs/01b_storage.ipynb #e6d7bfbf
-def _layout_digest(layout: Layout, space: Space | None) -> str:
-    known = hashlib.blake2b(
-        repr((layout.space, layout.n_sites, layout.surface, layout.patch)).encode(), digest_size=8
-    )
-    if layout.mask is not None:
-        known.update(repr(layout.mask.shape).encode() + np.packbits(layout.mask).tobytes())
-    elif (
-        space.name in SPACES
-    ):  # order and names; not the millimetres, whose last bit may differ between machines
-        known.update("|".join([space.kind, *map(str, space.names), *map(str, space.hemisphere)]).encode())
-    else:
-        known.update(space.digest.encode())
-    return known.hexdigest()
-
-
-@patch(as_prop=True)
-def digest(self: Layout) -> str:
-    "16 hexadecimal digits that change with anything that gives a stored column its meaning."
-    known = vars(self)
-    if "_digest" not in known:  # a layout from a file was told its digest
-        known["_digest"] = _layout_digest(self, None if self.mask is not None else self.sites)
-    return known["_digest"]
-
-
-@patch(as_prop=True)
-def sites(self: Layout) -> Space | None:
-    "The space itself (None for flat maps); one that came from a file is registered now."
-    if self.mask is not None:
-        return None
-    space = Space.load(io.BytesIO(self.packed)) if self.packed else Space.named(self.space)
-    told = vars(self).get("_digest")
-    if space.n_sites != self.n_sites or (told and told != _layout_digest(self, space)):
-        raise ValueError(
-            f"expected the space '{self.space}' that was stored ({self.n_sites} sites, layout {told}), found {space}"
-        )
-    return space
-
-# %% ../nbs/01b_storage.ipynb #2af51d47
-def _layout_bytes(layout: Layout) -> bytes:
-    values = {"space": layout.space, "n_sites": layout.n_sites, "digest": layout.digest}
-    if layout.mask is not None:
-        values |= {"mask": layout.mask, "surface": layout.surface}
-        values |= {"patch": layout.patch} if layout.patch else {}
-    elif layout.packed:
-        values["packed"] = np.frombuffer(layout.packed, np.uint8)
-    elif layout.space not in SPACES:
-        with tempfile.TemporaryDirectory() as folder:
-            packed = layout.sites.save(Path(folder) / "space.npz").read_bytes()
-        values["packed"] = np.frombuffer(packed, np.uint8)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **values)
-    return buffer.getvalue()
-
-
-@patch
-def save(self: Layout, path: str | Path) -> Path:
-    "The layout in an .npz file; a space that is not part of this package goes with it, whole."
-    return _publish(Path(path), _layout_bytes(self))
-
-
-@patch(cls_method=True)
-def load(cls: Layout, path: str | Path) -> Layout:
-    "A layout from its file."
-    with np.load(path, allow_pickle=False) as stored:
-        values = {key: stored[key] for key in stored.files}
-    mask, patch, packed = (values.get(key) for key in ("mask", "patch", "packed"))
-    layout = cls(
-        str(values["space"]),
-        int(values["n_sites"]),
-        mask,
-        str(values.get("surface", "")),
-        None if patch is None else tuple(patch),
-        None if packed is None else packed.tobytes(),
-    )
-    vars(layout)["_digest"] = str(values["digest"])
-    return layout
 
 # %% ../nbs/01b_storage.ipynb #fb6f0381
 @dataclass(eq=False)
@@ -259,7 +97,140 @@ class Record:
         "Number of frames."
         return len(self.values)
 
-# %% ../nbs/01b_storage.ipynb #ffb70945
+# %% ../nbs/01b_storage.ipynb #72a2dfe8
+@dataclass(frozen=True, eq=False)
+class Layout:
+    "What the columns of a frame are. Get one by `Layout.of` or `Layout.flat`."
+
+    space: str  # the name of a Space, or 'flat'
+    n_sites: int
+    mask: np.ndarray | None = None  # flat: (height, width) bool; canonical: its True pixels, row by row
+    surface: str = ""  # flat: 'fsaverage5', 'fsLR_32k', 'published' or ''
+    patch: tuple[int, int] | None = None  # flat: columns are STORED patch by patch, (height, width) pixels
+    packed: bytes | None = field(default=None, repr=False)  # a space of one's own, as it came from a file
+
+    def __post_init__(self):
+        if (self.space == "flat") != (self.mask is not None):
+            raise ValueError(f"expected a mask for a flat layout and only there, found space '{self.space}'")
+        if self.mask is not None:
+            object.__setattr__(self, "mask", read_only(np.array(self.mask, bool)))
+        if self.patch is not None:
+            object.__setattr__(self, "patch", tuple(map(operator.index, self.patch)))
+        _check_layout(self)
+
+    @staticmethod
+    def of(space: str | Space) -> Layout:
+        "One column for each site of a space, in the order of the space."
+        space = Space.named(space) if isinstance(space, str) else space
+        return Layout(space.name, space.n_sites)
+
+    @staticmethod
+    def flat(mask: np.ndarray, surface: str = "", patch: tuple[int, int] | None = None) -> Layout:
+        "One column for each pixel inside a (height, width) mask."
+        return Layout("flat", int(np.asarray(mask, bool).sum()), mask, surface, patch)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Layout) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+# %% ../nbs/01b_storage.ipynb #78c88316
+def _check_layout(layout: Layout):
+    mask, patch = layout.mask, layout.patch
+    if mask is not None and (mask.ndim != 2 or not 0 < mask.sum() == layout.n_sites):
+        raise ValueError(
+            f"expected a (height, width) mask with {layout.n_sites} pixels inside, at least one, "
+            f"found shape {mask.shape} with {mask.sum()}"
+        )
+    if patch is not None and (mask is None or len(patch) != 2 or min(patch) < 1):
+        raise ValueError(
+            f"expected patch=(height, width) on a flat layout, found {patch} on space '{layout.space}'"
+        )
+
+# %% ../nbs/01b_storage.ipynb #15ae8996
+def _layout_digest(layout: Layout, space: Space | None) -> str:
+    known = hashlib.blake2b(
+        repr((layout.space, layout.n_sites, layout.surface, layout.patch)).encode(), digest_size=8
+    )
+    if layout.mask is not None:
+        known.update(repr(layout.mask.shape).encode() + np.packbits(layout.mask).tobytes())
+    elif (
+        space.name in SPACES
+    ):  # order and names; not the millimetres, whose last bit may differ between machines
+        known.update("|".join([space.kind, *map(str, space.names), *map(str, space.hemisphere)]).encode())
+    else:
+        known.update(space.digest.encode())
+    return known.hexdigest()
+
+
+@patch(as_prop=True)
+def digest(self: Layout) -> str:
+    "16 hexadecimal digits that change with anything that gives a stored column its meaning."
+    known = vars(self)
+    if "_digest" not in known:  # a layout from a file was told its digest
+        known["_digest"] = _layout_digest(self, None if self.mask is not None else self.sites)
+    return known["_digest"]
+
+# %% ../nbs/01b_storage.ipynb #2607d939
+@patch(as_prop=True)
+def sites(self: Layout) -> Space | None:
+    "The space itself (None for flat maps); one that came from a file is registered now."
+    if self.mask is not None:
+        return None
+    space = Space.load(io.BytesIO(self.packed)) if self.packed else Space.named(self.space)
+    told = vars(self).get("_digest")
+    if space.n_sites != self.n_sites or (told and told != _layout_digest(self, space)):
+        raise ValueError(
+            f"expected the space '{self.space}' that was stored ({self.n_sites} sites, layout {told}), found {space}"
+        )
+    return space
+
+# %% ../nbs/01b_storage.ipynb #1d501dab
+def _site_scale(values: np.ndarray, block: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    "Mean and SD of each site over the run, float32, from sums in float64; constant sites have SD 0."
+    mean = sum(values[i : i + block].sum(0, dtype=np.float64) for i in range(0, len(values), block)) / len(
+        values
+    )
+    low, high = values.min(0), values.max(0)
+    mean = np.where(low == high, low, mean)
+    squares = sum(np.square(values[i : i + block] - mean).sum(0) for i in range(0, len(values), block))
+    sd = np.where(low == high, 0, np.sqrt(squares / len(values)))
+    return mean.astype(np.float32), sd.astype(np.float32)
+
+# %% ../nbs/01b_storage.ipynb #15d23190
+def _largest(values: np.ndarray) -> float:
+    "The largest magnitude; NaN if there is one."
+    if values.dtype == np.float16:  # without its sign, a float16 sorts like an integer, with NaN on top
+        return float((values.view(np.uint16) & 0x7FFF).max().view(np.float16))
+    return max(float(values.max()), -float(values.min()))
+
+
+def _check_numbers(where: str, values: np.ndarray, dtype: np.dtype, block: int = 64):
+    "Every number is finite, and still is after rounding to `dtype`; else say how many are not, and where."
+    limit = 65520.0 if np.dtype(dtype) == np.float16 else np.inf  # from there on float16 rounds to infinity
+    count, first = 0, None
+    for start in range(0, len(values), block):
+        part = values[start : start + block]
+        if _largest(part) < limit:  # false for NaN, too
+            continue
+        wrong = np.argwhere(~(np.abs(part.astype(np.float32)) < limit))
+        count += len(wrong)
+        if first is None:
+            (frame, site) = map(int, wrong[0])
+            first = start + frame, site, part[frame, site]
+    if first:
+        what = (
+            f"magnitudes below 65,520, as {np.dtype(dtype)} holds"
+            if np.isfinite(first[2])
+            else "finite numbers"
+        )
+        raise ValueError(
+            f"{where}: expected {what}, found {count} others, "
+            f"the first at frame {first[0]}, site {first[1]}: {first[2]:g}"
+        )
+
+# %% ../nbs/01b_storage.ipynb #2942836f
 @patch(cls_method=True)
 def from_run(cls: Record, run: Run, dtype: str = "float32") -> Record:
     "A run as a record; what a record cannot hold is named in its meta."
@@ -297,7 +268,40 @@ def to_run(self: Record, layout: Layout) -> Run:
         allow_constant=silent,
     )
 
-# %% ../nbs/01b_storage.ipynb #48b20f15
+# %% ../nbs/01b_storage.ipynb #182c6180
+@lru_cache(maxsize=16)
+def _orders(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    if layout.patch is None:
+        order = np.arange(layout.n_sites, dtype=np.intp)
+    else:
+        (rows, columns), (height, width) = np.nonzero(layout.mask), layout.patch
+        order = np.lexsort((columns % width, rows % height, columns // width, rows // height))
+    return read_only(order), read_only(np.argsort(order))
+
+
+@patch(as_prop=True)
+def order(self: Layout) -> np.ndarray:  # (n_sites,) intp
+    "Which canonical column each stored column holds: `stored = canonical[:, order]`."
+    return _orders(self)[0]
+
+
+@patch(as_prop=True)
+def inverse(self: Layout) -> np.ndarray:  # (n_sites,) intp
+    "Where each canonical column is stored: `canonical = stored[:, inverse]`."
+    return _orders(self)[1]
+
+# %% ../nbs/01b_storage.ipynb #a289201a
+@patch(as_prop=True)
+def patch_table(self: Layout) -> np.ndarray:
+    "(patches, 4): row and column of each patch with a pixel inside, its first stored column, how many it has."
+    if self.patch is None:
+        raise ValueError("expected a layout stored patch by patch, found one in canonical order")
+    rows, columns = (axis[self.order] for axis in np.nonzero(self.mask))
+    where = np.stack([rows // self.patch[0], columns // self.patch[1]], axis=1)
+    found, first, count = np.unique(where, axis=0, return_index=True, return_counts=True)
+    return np.column_stack([found, first, count])
+
+# %% ../nbs/01b_storage.ipynb #1d7b1abf
 def _new_temporary(path: Path, folder: bool) -> tuple[Path, int]:
     "An empty file (or folder) next to `path`, locked for as long as its writer lives."
     label = re.sub(r"[^A-Za-z0-9._-]", "_", path.name)[-80:]
@@ -313,7 +317,7 @@ def _new_temporary(path: Path, folder: bool) -> tuple[Path, int]:
         pass
     return temporary, lock
 
-
+# %% ../nbs/01b_storage.ipynb #6c92fefb
 def _remove(path: Path):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -330,6 +334,15 @@ def _sync(path: Path):
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _sync_folder(folder: Path):
+    "The names in the folder are on the disk, too."
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 # %% ../nbs/01b_storage.ipynb #4d0b8f5a
 def _explained(error: OSError, path: Path) -> OSError:
@@ -362,7 +375,7 @@ def _temporary(path: Path, folder: bool = False):
         _remove(temporary)
         os.close(lock)
 
-# %% ../nbs/01b_storage.ipynb #139032e6
+# %% ../nbs/01b_storage.ipynb #3bfe412a
 @contextmanager
 def atomic_path(
     path: str | Path,  # where the finished thing will be
@@ -377,21 +390,12 @@ def atomic_path(
         _sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path):
-    "The names in the folder are on the disk, too."
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _publish(path: Path, data: bytes) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     return path
 
-
+# %% ../nbs/01b_storage.ipynb #a00da62c
 def _publish_once(path: Path, data: bytes) -> bool:
     "Write a file unless there is one already; of several processes exactly one gets True."
     with _temporary(path) as temporary:
@@ -433,6 +437,46 @@ def _writer_lives(path: Path) -> bool:
         return time.time() - os.stat(path).st_mtime < 86400
     finally:
         os.close(handle)
+
+# %% ../nbs/01b_storage.ipynb #d51b9d2c
+def _layout_bytes(layout: Layout) -> bytes:
+    values = {"space": layout.space, "n_sites": layout.n_sites, "digest": layout.digest}
+    if layout.mask is not None:
+        values |= {"mask": layout.mask, "surface": layout.surface}
+        values |= {"patch": layout.patch} if layout.patch else {}
+    elif layout.packed:
+        values["packed"] = np.frombuffer(layout.packed, np.uint8)
+    elif layout.space not in SPACES:
+        with tempfile.TemporaryDirectory() as folder:
+            packed = layout.sites.save(Path(folder) / "space.npz").read_bytes()
+        values["packed"] = np.frombuffer(packed, np.uint8)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **values)
+    return buffer.getvalue()
+
+
+@patch
+def save(self: Layout, path: str | Path) -> Path:
+    "The layout in an .npz file; a space that is not part of this package goes with it, whole."
+    return _publish(Path(path), _layout_bytes(self))
+
+# %% ../nbs/01b_storage.ipynb #ae6a0fc8
+@patch(cls_method=True)
+def load(cls: Layout, path: str | Path) -> Layout:
+    "A layout from its file."
+    with np.load(path, allow_pickle=False) as stored:
+        values = {key: stored[key] for key in stored.files}
+    mask, patch, packed = (values.get(key) for key in ("mask", "patch", "packed"))
+    layout = cls(
+        str(values["space"]),
+        int(values["n_sites"]),
+        mask,
+        str(values.get("surface", "")),
+        None if patch is None else tuple(patch),
+        None if packed is None else packed.tobytes(),
+    )
+    vars(layout)["_digest"] = str(values["digest"])
+    return layout
 
 # %% ../nbs/01b_storage.ipynb #0ca6979d
 MANIFEST = "MANIFEST.json"
@@ -496,7 +540,7 @@ def write_manifest(
     sweep(folder)
     return _publish(folder / MANIFEST, _manifest(folder, kind, facts, {}))
 
-# %% ../nbs/01b_storage.ipynb #0d182503
+# %% ../nbs/01b_storage.ipynb #d4d87c61
 def read_manifest(folder: str | Path) -> dict:
     "What the manifest says, if it is whole."
     path = Path(folder) / MANIFEST
@@ -518,46 +562,7 @@ def read_manifest(folder: str | Path) -> dict:
         )
     return facts
 
-# %% ../nbs/01b_storage.ipynb #6c36366f
-def _check_numbers(where: str, values: np.ndarray, dtype: np.dtype, block: int = 64):
-    "Every number is finite, and still is after it was rounded to `dtype`; else say how many are not, and where."
-    limit = 65520.0 if np.dtype(dtype) == np.float16 else np.inf  # from there on float16 rounds to infinity
-
-    def bad(part):
-        return ~(np.abs(part.astype(np.float32)) < limit)
-
-    count, first = 0, None
-    for start in range(0, len(values), block):
-        part = values[start : start + block]
-        if max(part.max(), -part.min()) < limit:  # false for NaN, too
-            continue
-        wrong = bad(part)
-        count += int(wrong.sum())
-        if first is None and wrong.any():
-            frame, site = np.argwhere(wrong)[0]
-            first = (start + int(frame), int(site), part[frame, site])
-    if first:
-        frame, site, value = first
-        kind = f"{np.dtype(dtype)} holds" if np.isfinite(value) else "finite numbers"
-        raise ValueError(
-            f"{where}: expected {'numbers that ' if np.isfinite(value) else ''}{kind}"
-            f"{' (below 65,520)' if np.isfinite(value) else ''}, "
-            f"found {count} others, the first at frame {frame}, site {site}: {value:g}"
-        )
-
-# %% ../nbs/01b_storage.ipynb #51ee79e5
-def _site_scale(values: np.ndarray, block: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    "Mean and SD of each site over the run, float32, from sums in float64; constant sites have SD 0."
-    mean = sum(values[i : i + block].sum(0, dtype=np.float64) for i in range(0, len(values), block)) / len(
-        values
-    )
-    low, high = values.min(0), values.max(0)
-    mean = np.where(low == high, low, mean)
-    squares = sum(np.square(values[i : i + block] - mean).sum(0) for i in range(0, len(values), block))
-    sd = np.where(low == high, 0, np.sqrt(squares / len(values)))
-    return mean.astype(np.float32), sd.astype(np.float32)
-
-# %% ../nbs/01b_storage.ipynb #73316afc
+# %% ../nbs/01b_storage.ipynb #85ef0967
 class _Packed:
     "A record on its way into a file: its bytes piece by piece, and afterwards what is known about them."
 
@@ -590,7 +595,7 @@ class _Packed:
         self.tail = (self.tail + bytes(data[-_TAIL:]))[-_TAIL:]
         return data
 
-
+# %% ../nbs/01b_storage.ipynb #d3a8fc39
 _TAIL = 65536  # bytes at the end of a file that are looked at again when a killed job goes on
 
 
@@ -600,7 +605,7 @@ def _frame_stats(frames: np.ndarray) -> np.ndarray:
     sd = wide.std(1, ddof=1) if wide.shape[1] > 1 else np.zeros(len(wide))
     return np.stack([wide.mean(1), sd], 1).astype("<f4")
 
-# %% ../nbs/01b_storage.ipynb #6bbfb4d7
+# %% ../nbs/01b_storage.ipynb #0f0ebfed
 def _plain(value):
     "What JSON does not know by itself: numbers and arrays of numpy, paths."
     if isinstance(value, (np.generic, np.ndarray)):
@@ -624,7 +629,7 @@ def _event_rows(record: Record) -> list | None:
         for row in table.to_dict("records")
     ]
 
-
+# %% ../nbs/01b_storage.ipynb #0d616bf3
 def _facts(packed: _Packed) -> dict:
     "The small file that goes with a run while its store is under construction."
     record = packed.record
@@ -652,7 +657,7 @@ def _facts(packed: _Packed) -> dict:
         }
     )
 
-# %% ../nbs/01b_storage.ipynb #98ea03bd
+# %% ../nbs/01b_storage.ipynb #7e39cf2b
 _SITE = "building"  # the folder inside a store that is there only while it is under construction
 
 
@@ -673,7 +678,20 @@ def _finished_run(folder: Path, path: Path) -> dict | None:
         return None
     return facts if whole else None
 
+# %% ../nbs/01b_storage.ipynb #365936db
+def _complete(folder: Path):
+    "The last steps of finishing, which may be taken up after a kill: everything is listed in the new manifest."
+    site = folder / _SITE
+    if not (site / MANIFEST).exists():
+        return
+    for path in site.iterdir():
+        if path.name != MANIFEST:
+            path.unlink()
+    os.replace(site / MANIFEST, folder / MANIFEST)
+    _sync_folder(folder)
+    site.rmdir()
 
+# %% ../nbs/01b_storage.ipynb #59d7d159
 def finished_runs(folder: str | Path) -> dict[str, dict]:
     "The runs of a store under construction (or of a finished one) that need not be written again."
     folder = Path(folder)
@@ -721,7 +739,7 @@ def _agree(folder: Path, settings: dict):
             f"found a run with {', '.join(f'{k} {settings[k]}' for k in different)}"
         )
 
-# %% ../nbs/01b_storage.ipynb #f936eea4
+# %% ../nbs/01b_storage.ipynb #2fb6df6a
 def write_run(
     folder: str | Path,  # a store under construction; made if it is not there
     record: Record,
@@ -754,7 +772,7 @@ def write_run(
         return facts
     return _compare(folder, facts, _finished_run(folder, sidecar))
 
-# %% ../nbs/01b_storage.ipynb #0f49d74f
+# %% ../nbs/01b_storage.ipynb #dd1e5e50
 def _packed_facts(record: Record, layout: Layout, settings: dict) -> dict:
     packed = _Packed(record, layout, settings)
     for _ in packed:
@@ -792,10 +810,7 @@ def _compare(folder: Path, mine: dict, theirs: dict | None) -> dict:
         f"{'TR, events or meta' if same else 'values'} ({theirs['frames']} and {mine['frames']} frames)"
     )
 
-# %% ../nbs/01b_storage.ipynb #97c06f4a
-_EVENTS = ("onset", "duration", "trial_type", "more")
-
-
+# %% ../nbs/01b_storage.ipynb #09043080
 def _table_bytes(columns: dict) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -805,6 +820,22 @@ def _table_bytes(columns: dict) -> bytes:
     return buffer.getvalue()
 
 
+def _index(folder: Path, columns: list[str] | None = None):
+    import pyarrow.parquet as pq
+
+    return pq.read_table(folder / "index.parquet", columns=columns)
+
+
+def _events_bytes(runs: list[dict]) -> bytes:
+    import pyarrow as pa
+
+    rows = [event for run in runs for event in run["events"] or ()]
+    kinds = {"onset": pa.float64(), "duration": pa.float64(), "trial_type": pa.string()}
+    columns = {key: pa.array([row[key] for row in rows], kind) for key, kind in kinds.items()}
+    columns["more"] = pa.array([json.dumps(row["more"]) for row in rows], pa.string())
+    return _table_bytes(columns)
+
+# %% ../nbs/01b_storage.ipynb #1ebf4887
 def _index_bytes(runs: list[dict]) -> bytes:
     import pyarrow as pa
 
@@ -823,23 +854,36 @@ def _index_bytes(runs: list[dict]) -> bytes:
     )
     return _table_bytes(columns)
 
-
-def _events_bytes(runs: list[dict]) -> bytes:
-    import pyarrow as pa
-
-    rows = [event for run in runs for event in run["events"] or ()]
-    kinds = {"onset": pa.float64(), "duration": pa.float64(), "trial_type": pa.string()}
-    columns = {key: pa.array([row[key] for row in rows], kind) for key, kind in kinds.items()}
-    columns["more"] = pa.array([json.dumps(row["more"]) for row in rows], pa.string())
-    return _table_bytes(columns)
+# %% ../nbs/01b_storage.ipynb #0ddef0d4
+_OWN_FILES = {"layout.npz", "index.parquet", "events.parquet", "frames.f32", "store.json"}
 
 
-def _index(folder: Path, columns: list[str] | None = None):
-    import pyarrow.parquet as pq
+def _check_complete(folder: Path, runs: dict, expected: list[str]):
+    missing, others = [k for k in expected if k not in runs], sorted(set(runs) - set(expected))
+    if missing or others or not runs or len(set(expected)) < len(expected):
+        raise ValueError(
+            f"{folder}: expected {len(expected)} different runs, at least one, found {len(runs)}; "
+            f"missing: {len(missing)} ({', '.join(missing[:3])}), not expected: {len(others)} ({', '.join(others[:3])})"
+        )
 
-    return pq.read_table(folder / "index.parquet", columns=columns)
 
-# %% ../nbs/01b_storage.ipynb #4c7c1e11
+def _clear(folder: Path, runs: list[dict], extra: set[str]):
+    "What killed writers left behind goes; what nobody knows of is refused."
+    sweep(folder)
+    files = {run["file"] for run in runs}
+    for path in (folder / "runs").iterdir():
+        if f"runs/{path.name}" not in files and re.fullmatch(r".+\.[0-9a-f]{12}\.f(16|32)", path.name):
+            path.unlink()  # written whole, but its writer died before it said so
+    known = files | extra | _OWN_FILES
+    if other := [n for n in _files(folder) if n not in known and not n.startswith(f"{_SITE}/")]:
+        raise ValueError(
+            f"{folder}: expected only the files of the store, found {len(other)} others ({', '.join(other[:3])}): "
+            "remove them, or name them in extra_files"
+        )
+    if missing := extra - set(_files(folder)):
+        raise FileNotFoundError(f"{folder}: expected the extra files {sorted(missing)}, found none")
+
+# %% ../nbs/01b_storage.ipynb #b2547106
 def finish_store(
     folder: str | Path,  # a store under construction
     layout: Layout,
@@ -879,49 +923,7 @@ def finish_store(
     _complete(folder)
     return Store(folder)
 
-# %% ../nbs/01b_storage.ipynb #c4ca4589
-_OWN_FILES = {"layout.npz", "index.parquet", "events.parquet", "frames.f32", "store.json"}
-
-
-def _check_complete(folder: Path, runs: dict, expected: list[str]):
-    missing, others = [k for k in expected if k not in runs], sorted(set(runs) - set(expected))
-    if missing or others or not runs or len(set(expected)) < len(expected):
-        raise ValueError(
-            f"{folder}: expected {len(expected)} different runs, at least one, found {len(runs)}; "
-            f"missing: {len(missing)} ({', '.join(missing[:3])}), not expected: {len(others)} ({', '.join(others[:3])})"
-        )
-
-
-def _clear(folder: Path, runs: list[dict], extra: set[str]):
-    "What killed writers left behind goes; what nobody knows of is refused."
-    sweep(folder)
-    files = {run["file"] for run in runs}
-    for path in (folder / "runs").iterdir():
-        if f"runs/{path.name}" not in files and re.fullmatch(r".+\.[0-9a-f]{12}\.f(16|32)", path.name):
-            path.unlink()  # written whole, but its writer died before it said so
-    known = files | extra | _OWN_FILES
-    if other := [n for n in _files(folder) if n not in known and not n.startswith(f"{_SITE}/")]:
-        raise ValueError(
-            f"{folder}: expected only the files of the store, found {len(other)} others ({', '.join(other[:3])}): "
-            "remove them, or name them in extra_files"
-        )
-    if missing := extra - set(_files(folder)):
-        raise FileNotFoundError(f"{folder}: expected the extra files {sorted(missing)}, found none")
-
-
-def _complete(folder: Path):
-    "The last steps of finishing, which may be taken up after a kill: everything is listed in the new manifest."
-    site = folder / _SITE
-    if not (site / MANIFEST).exists():
-        return
-    for path in site.iterdir():
-        if path.name != MANIFEST:
-            path.unlink()
-    os.replace(site / MANIFEST, folder / MANIFEST)
-    _sync_folder(folder)
-    site.rmdir()
-
-# %% ../nbs/01b_storage.ipynb #c5908bfc
+# %% ../nbs/01b_storage.ipynb #744b90d9
 def write_store(
     source,  # anything with a layout that gives records one by one: a Store, a reader of another format
     folder: str | Path,
@@ -954,7 +956,7 @@ def write_store(
         write_run(folder, record, layout, dtype=dtype or kind, scale=scale, chunk_frames=chunk_frames)
     return finish_store(folder, layout, expected=keys, settings=settings)
 
-# %% ../nbs/01b_storage.ipynb #da762475
+# %% ../nbs/01b_storage.ipynb #e74c55c4
 class _Descriptor:
     "An open file; the system closes it when nobody reads from it any more."
 
@@ -979,7 +981,7 @@ class _Descriptor:
         if self.fd >= 0:
             os.close(self.fd)
 
-# %% ../nbs/01b_storage.ipynb #d98b11ba
+# %% ../nbs/01b_storage.ipynb #cdd46502
 class Store:
     "A finished clip store, open for reading: one row of `index` for each run."
 
@@ -1018,7 +1020,7 @@ class Store:
     def __reduce__(self):
         return Store, (self.path,)
 
-# %% ../nbs/01b_storage.ipynb #bacf3d1f
+# %% ../nbs/01b_storage.ipynb #c31c80ca
 def _check_finished(path: Path):
     if not path.is_dir():
         raise FileNotFoundError(f"expected the folder of a clip store, found nothing at {path}")
@@ -1033,7 +1035,7 @@ def _check_finished(path: Path):
     if facts["kind"] != "store":
         raise ValueError(f"{path}: expected a clip store, found '{facts['kind']}'")
 
-
+# %% ../nbs/01b_storage.ipynb #211bea1d
 @patch
 def read(
     self: Store,
@@ -1056,7 +1058,7 @@ def read(
     self._fetch(i, out, start * row)
     return out
 
-# %% ../nbs/01b_storage.ipynb #3a177493
+
 @patch
 def _row(self: Store, i: int) -> int:
     i = operator.index(i)
@@ -1070,7 +1072,7 @@ def _fetch(self: Store, i: int, out: np.ndarray, offset: int):
     path = self.path / self._names[i]
     self._open(path).read_into(memoryview(out.reshape(-1).view(np.uint8)), int(offset), path)
 
-
+# %% ../nbs/01b_storage.ipynb #6cd891c8
 @patch
 def map(self: Store, i: int) -> np.memmap:
     "A run's frames in the file itself, read-only: (frames, sites), stored order."
@@ -1097,7 +1099,7 @@ def site_scale(self: Store, i: int) -> tuple[np.ndarray, np.ndarray] | None:
     self._fetch(i, out, int(self._frames[i]) * self.layout.n_sites * self.dtype.itemsize)
     return out[0], out[1]
 
-# %% ../nbs/01b_storage.ipynb #c695aed9
+# %% ../nbs/01b_storage.ipynb #52a2939e
 @patch
 def record(self: Store, i: int) -> Record:
     "A whole run with all that is known of it: canonical order, and raw units if it was scaled for storage."
@@ -1118,7 +1120,7 @@ def run(self: Store, i: int) -> Run:
     "A run of a store on a space."
     return self.record(i).to_run(self.layout)
 
-
+# %% ../nbs/01b_storage.ipynb #659a658a
 @patch
 def events(self: Store, i: int) -> pd.DataFrame:
     "The events of a run: onset (s), duration (s), trial_type, and further columns if it had any."
@@ -1180,7 +1182,7 @@ def _check_file(folder: Path, name: str, entry: dict) -> str:
         return f"{name}: expected blake2b {entry['blake2b']}, found {digest}"
     return ""
 
-# %% ../nbs/01b_storage.ipynb #d2b957ea
+# %% ../nbs/01b_storage.ipynb #7f0232e6
 def verify(
     path: str | Path,  # a folder with a manifest: a store, or any other prepared output
     workers: int | None = None,  # threads; None: as many as there are cores, at most 8
@@ -1220,7 +1222,7 @@ def verify(
         [*damaged.values(), *problems], len(found) + 1, sum(s.st_size for s in found.values())
     )
 
-
+# %% ../nbs/01b_storage.ipynb #faa678eb
 def _damaged_frames(folder: Path, name: str, damaged: dict) -> str:
     "Which run and which frames a damaged file holds, as far as the checksums of its chunks tell."
     if not name.startswith("runs/") or damaged.keys() & {"index.parquet", "store.json"}:
