@@ -739,7 +739,7 @@ def _agree(folder: Path, settings: dict):
             f"found a run with {', '.join(f'{k} {settings[k]}' for k in different)}"
         )
 
-# %% ../nbs/01b_storage.ipynb #2fb6df6a
+# %% ../nbs/01b_storage.ipynb #216b7eb9
 def write_run(
     folder: str | Path,  # a store under construction; made if it is not there
     record: Record,
@@ -766,7 +766,8 @@ def write_run(
     _agree(folder, settings)
     if known := _finished_run(folder, sidecar := _sidecar(folder, record.key)):
         return _compare(folder, _packed_facts(record, layout, settings), known)
-    sidecar.unlink(missing_ok=True)  # it speaks of a file that is gone
+    if sidecar.exists():
+        sidecar.unlink()  # it speaks of a file that is gone
     facts = _write_body(folder, record, layout, settings)
     if _publish_once(sidecar, json.dumps(facts).encode()):
         return facts
@@ -810,13 +811,13 @@ def _compare(folder: Path, mine: dict, theirs: dict | None) -> dict:
         f"{'TR, events or meta' if same else 'values'} ({theirs['frames']} and {mine['frames']} frames)"
     )
 
-# %% ../nbs/01b_storage.ipynb #09043080
+# %% ../nbs/01b_storage.ipynb #7d0909a8
 def _table_bytes(columns: dict) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer, compression="zstd")
+    pq.write_table(pa.table(columns), buffer, compression="zstd", store_schema=False)
     return buffer.getvalue()
 
 
