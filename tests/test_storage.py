@@ -51,7 +51,7 @@ class Source(list):
         self.layout = layout
 
 
-def some_records(n=3, n_sites=int(MASK.sum()), frames=10, dtype=np.float32, offset=0.0):
+def some_records(n=3, n_sites=11, frames=10, dtype=np.float32, offset=0.0):
     rng = np.random.default_rng(0)
     return [
         Record(
@@ -318,7 +318,7 @@ def test_one_store_one_layout(tmp_path):
     before = tree(tmp_path)
     with pytest.raises(ValueError, match=rf"begun with layout {LAYOUT.digest}; found a run with layout {Layout.flat(other).digest}"):
         write_run(tmp_path, second, Layout.flat(other))
-    with pytest.raises(ValueError, match=rf"sub-01_task-rest: expected 100 columns \(layout \w+ on schaefer100\), found 11"):
+    with pytest.raises(ValueError, match=r"sub-01_task-rest: expected 100 columns \(layout \w+ on schaefer100\), found 11"):
         write_run(tmp_path, second, Layout.of("schaefer100"))
     for changed in ({"dtype": "float32"}, {"scale": "site"}, {"chunk_frames": 8}):
         with pytest.raises(ValueError, match="begun with " + next(iter(changed))):
@@ -442,11 +442,12 @@ def in_a_child(work) -> int:
     "Run a function in a forked process; its exit status, or minus the signal."
     pid = os.fork()
     if pid == 0:
+        status = 1
         try:
             work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
+            status = 0
+        finally:
+            os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -475,12 +476,14 @@ def test_a_kill_at_every_step_loses_nothing(memory_disk):
     "Whenever it strikes: `verify` does not pass, the reader refuses, and repeating it gives the same bytes as one go."
     source = some_source(n=2)
     write(source, memory_disk / "whole")
-    expected, step = tree(memory_disk / "whole"), 0
-    while True:
-        step += 1
+    expected = tree(memory_disk / "whole")
+
+    def attempt(step, folder):
+        return in_a_child(lambda: killed_at(step, lambda: write(source, folder)))
+
+    for step in range(1, 1000):
         folder = memory_disk / f"at{step}"
-        status = in_a_child(lambda: killed_at(step, lambda: write(source, folder)))
-        if status == 0:
+        if (status := attempt(step, folder)) == 0:
             break
         assert status == -signal.SIGKILL
         if folder.exists() and not (folder / "MANIFEST.json").exists():
@@ -640,23 +643,21 @@ def test_two_processes_write_one_store(tmp_path):
     records = some_records(30)
     go = multiprocessing.get_context("fork").Event()
 
-    def writer(mine):
-        def work():
-            go.wait()
-            for record in mine:
-                write_run(tmp_path / "s", record, LAYOUT, dtype="float32")
-
-        return work
+    def write_all(mine):
+        go.wait()
+        for record in mine:
+            write_run(tmp_path / "s", record, LAYOUT, dtype="float32")
 
     def fork(mine):
         if (pid := os.fork()) == 0:
+            status = 5
             try:
-                writer(mine)()
-                os._exit(0)
+                write_all(mine)
+                status = 0
             except ValueError as error:
-                os._exit(3 if "found two of that name" in str(error) else 4)
-            except BaseException:
-                os._exit(5)
+                status = 3 if "found two of that name" in str(error) else 4
+            finally:
+                os._exit(status)
         return pid
 
     changed = [replace(records[29], values=records[29].values + 1)]
