@@ -57,92 +57,104 @@ class PublicDataset:
         ]
         return "\n".join(lines + [f"not checked by us: {point}" for point in self.not_checked])
 
-# %% ../nbs/01f_public_data.ipynb #3528149d
+# %% ../nbs/01f_public_data.ipynb #30bf7973
 HUB, S3 = "https://huggingface.co", "https://s3.amazonaws.com"
 
-_KNOWN = (
-    PublicDataset(
-        name="ds000228",
-        what="children and adults watch a short film (Richardson 2018), preprocessed, 4 mm, 168 volumes at a TR of 2 s",
-        participants="155, with ages",
-        size="about as many files as people and confounds; total not stated",
-        licence="usage is unrestricted for non-commercial research purposes (as nilearn states it)",
-        licence_url="https://nilearn.github.io/stable/modules/description/development_fmri.html",
-        homepage="https://openneuro.org/datasets/ds000228",
-        access="open",
-        arrives_as="NIfTI volumes and confound tables: fmri_book.ingest",
-        route="nilearn",
-        endpoint="https://osf.io",
-        unit="people",
-        not_checked=("the address of the licence page", "the total size"),
-    ),
-    PublicDataset(
-        name="hcp-flat",
-        what="flat-map videos of the Human Connectome Project, split by family into 2,000 shards (MedARC)",
-        participants="young adults of the HCP; number not stated",
-        size="not stated",
-        licence="WU-Minn HCP Consortium Open Access Data Use Terms",
-        licence_url="https://www.humanconnectome.org/study/hcp-young-adult/document/wu-minn-hcp-consortium-open-access-data-use-terms",
-        homepage="https://huggingface.co/datasets/medarc/hcp-flat-wds",
-        access="registration",
-        arrives_as="WebDataset tar shards: fmri_book.formats.Shards",
-        route="hub",
-        endpoint=HUB,
-        place="medarc/hcp-flat-wds",
-        pattern="*.tar",
-        not_checked=("the total size",),
-    ),
-    PublicDataset(
-        name="nsd-flat",
-        what="flat-map videos of the Natural Scenes Dataset, 284 shards (MedARC)",
-        participants="8",
-        size="not stated",
-        licence="not stated in what we could read; the Natural Scenes Dataset has terms of its own",
-        licence_url="https://huggingface.co/datasets/medarc/nsd-flat-wds",
-        homepage="https://huggingface.co/datasets/medarc/nsd-flat-wds",
-        access="registration",
-        arrives_as="WebDataset tar shards: fmri_book.formats.Shards",
-        route="hub",
-        endpoint=HUB,
-        place="medarc/nsd-flat-wds",
-        pattern="*.tar",
-        not_checked=("the licence", "whether one must register: we assume so", "the total size"),
-    ),
-    PublicDataset(
-        name="fbert-corpus",
-        what="162 OpenNeuro collections as parcel series: 106,397 windows of 450 regions (Schaefer-400 + Tian-S3) × 80 time points",
-        participants="9,578 (27,835 recordings, about 4,000 hours)",
-        size="26 GB",
-        licence="each of the 162 collections has its own; their licence files are in the repository",
-        licence_url="https://huggingface.co/datasets/Marraffini-Giovanni/fbert-corpus",
-        homepage="https://huggingface.co/datasets/Marraffini-Giovanni/fbert-corpus",
-        access="open",
-        arrives_as="z-scored windows; the file format was not stated",
-        route="hub",
-        endpoint=HUB,
-        place="Marraffini-Giovanni/fbert-corpus",
-        not_checked=("the file format",),
-    ),
-    PublicDataset(
-        name="ds006072",
-        what="grayordinate recordings (CIFTI), the example of CortexMAE's quickstart",
-        participants="not stated",
-        size="not stated",
-        licence="not stated in what we could read; OpenNeuro shows it on the collection's page",
-        licence_url="https://openneuro.org/datasets/ds006072",
-        homepage="https://openneuro.org/datasets/ds006072",
-        access="open",
-        arrives_as="CIFTI dtseries: fmri_book.ingest",
-        route="s3",
-        endpoint=S3,
-        place="openneuro.org/ds006072",
-        pattern="*.dtseries.nii",
-        not_checked=("the licence", "participants and size", "where in the bucket the CIFTI files lie"),
-    ),
-)
-DATASETS: dict[str, PublicDataset] = {d.name: d for d in _KNOWN}
+DATASETS: dict[str, PublicDataset] = {}
 
-# %% ../nbs/01f_public_data.ipynb #32b9be23
+
+def _known(**facts) -> None:
+    DATASETS[facts["name"]] = PublicDataset(**facts)
+
+# %% ../nbs/01f_public_data.ipynb #c7656a3b
+_known(
+    name="ds000228",
+    what="children and adults watch a short film (Richardson 2018), preprocessed, 4 mm, 168 volumes at a TR of 2 s",
+    participants="155, with ages",
+    size="not stated",
+    licence="usage is unrestricted for non-commercial research purposes (as nilearn states it)",
+    licence_url="https://nilearn.github.io/stable/modules/description/development_fmri.html",
+    homepage="https://openneuro.org/datasets/ds000228",
+    access="open",
+    arrives_as="NIfTI volumes and confound tables: fmri_book.ingest",
+    route="nilearn",
+    endpoint="https://osf.io",
+    unit="people",
+    not_checked=("the address of the licence page", "the total size"),
+)
+
+# %% ../nbs/01f_public_data.ipynb #cc94cfd4
+_known(
+    name="hcp-flat",
+    what="flat-map videos of the Human Connectome Project, split by family into 2,000 shards (MedARC)",
+    participants="young adults of the HCP; number not stated",
+    size="not stated",
+    licence="WU-Minn HCP Consortium Open Access Data Use Terms",
+    licence_url="https://www.humanconnectome.org/study/hcp-young-adult/document/wu-minn-hcp-consortium-open-access-data-use-terms",
+    homepage="https://huggingface.co/datasets/medarc/hcp-flat-wds",
+    access="registration",
+    arrives_as="WebDataset tar shards: fmri_book.formats.Shards",
+    route="hub",
+    endpoint=HUB,
+    place="medarc/hcp-flat-wds",
+    pattern="*.tar",
+    not_checked=("the total size",),
+)
+
+# %% ../nbs/01f_public_data.ipynb #f724b756
+_known(
+    name="nsd-flat",
+    what="flat-map videos of the Natural Scenes Dataset, 284 shards (MedARC)",
+    participants="8",
+    size="not stated",
+    licence="not stated in what we could read; the Natural Scenes Dataset has terms of its own",
+    licence_url="https://huggingface.co/datasets/medarc/nsd-flat-wds",
+    homepage="https://huggingface.co/datasets/medarc/nsd-flat-wds",
+    access="registration",
+    arrives_as="WebDataset tar shards: fmri_book.formats.Shards",
+    route="hub",
+    endpoint=HUB,
+    place="medarc/nsd-flat-wds",
+    pattern="*.tar",
+    not_checked=("the licence", "whether one must register: we assume so", "the total size"),
+)
+
+# %% ../nbs/01f_public_data.ipynb #678e8ddd
+_known(
+    name="fbert-corpus",
+    what="162 OpenNeuro collections as parcel series: 106,397 windows of 450 regions (Schaefer-400 + Tian-S3) × 80 time points",
+    participants="9,578 (27,835 recordings, about 4,000 hours)",
+    size="26 GB",
+    licence="each of the 162 collections has its own; their licence files are in the repository",
+    licence_url="https://huggingface.co/datasets/Marraffini-Giovanni/fbert-corpus",
+    homepage="https://huggingface.co/datasets/Marraffini-Giovanni/fbert-corpus",
+    access="open",
+    arrives_as="z-scored windows; the file format was not stated",
+    route="hub",
+    endpoint=HUB,
+    place="Marraffini-Giovanni/fbert-corpus",
+    not_checked=("the file format",),
+)
+
+# %% ../nbs/01f_public_data.ipynb #3dff7578
+_known(
+    name="ds006072",
+    what="grayordinate recordings (CIFTI), the example of CortexMAE's quickstart",
+    participants="not stated",
+    size="not stated",
+    licence="not stated in what we could read; OpenNeuro shows it on the collection's page",
+    licence_url="https://openneuro.org/datasets/ds006072",
+    homepage="https://openneuro.org/datasets/ds006072",
+    access="open",
+    arrives_as="CIFTI dtseries: fmri_book.ingest",
+    route="s3",
+    endpoint=S3,
+    place="openneuro.org/ds006072",
+    pattern="*.dtseries.nii",
+    not_checked=("the licence", "participants and size", "where in the bucket the CIFTI files lie"),
+)
+
+# %% ../nbs/01f_public_data.ipynb #bbe67b85
 def dataset(name: str | PublicDataset) -> PublicDataset:
     "A collection by name."
     if isinstance(name, PublicDataset):
@@ -161,7 +173,7 @@ def datasets_table() -> pd.DataFrame:
         [{"name": d.name, **{c: getattr(d, c) for c in columns}} for d in DATASETS.values()]
     ).set_index("name")
 
-# %% ../nbs/01f_public_data.ipynb #da84159f
+# %% ../nbs/01f_public_data.ipynb #e090a32e
 class Offline(ConnectionError):
     "There is no way to the server; the message says what works without one."
 
@@ -196,7 +208,7 @@ def check_online(url: str, timeout: float = 3.0) -> None:
             f"no network: expected an answer from {address[0]}:{address[1]}, found none ({error}). {WORKS_OFFLINE}"
         ) from None
 
-# %% ../nbs/01f_public_data.ipynb #f6b876f7
+# %% ../nbs/01f_public_data.ipynb #ecbb1d23
 class RemoteFile(NamedTuple):
     "A file on a server, and what is known about it before it comes."
 
@@ -205,7 +217,7 @@ class RemoteFile(NamedTuple):
     size: int | None = None
     digest: tuple[str, str] | None = None  # ('sha256', hexadecimal digits)
 
-
+# %% ../nbs/01f_public_data.ipynb #a5be2cb5
 class _NoTokenElsewhere(urllib.request.HTTPRedirectHandler):
     "Follow redirects, but show a token only to the server it is for."
 
@@ -234,7 +246,7 @@ def _ask(url: str, headers: dict, timeout: float) -> Iterator:
             raise FileNotFoundError(f"{url}: expected a file, found {error.code} ({error.reason})") from None
         raise
 
-# %% ../nbs/01f_public_data.ipynb #ad1d209d
+# %% ../nbs/01f_public_data.ipynb #ff613429
 @dataclass
 class _Part:
     "A file on its way: NAME.part, and NAME.part.tag with the server's name for this version."
@@ -261,7 +273,7 @@ class _Part:
         self.file.unlink(missing_ok=True)
         self.tag_file.unlink(missing_ok=True)
 
-
+# %% ../nbs/01f_public_data.ipynb #d8f272e2
 def _check_space(folder: Path, needed: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(28, f"expected {needed:,} bytes free for the download, found {free:,}", str(folder))
@@ -277,7 +289,7 @@ def _whole_size(answer, start: int) -> int | None:
     length = answer.headers.get("Content-Length")
     return int(length) if length else None
 
-
+# %% ../nbs/01f_public_data.ipynb #efa338d8
 def _continue(url: str, part: _Part, size: int | None, headers: dict, timeout: float, bar) -> int | None:
     "One request: from where the part ends, as far as the line holds. Returns the length of the whole file."
     start, tag = part.here, part.tag
@@ -305,7 +317,7 @@ def _copy(answer, file: IO[bytes], bar) -> None:
     file.flush()
     os.fsync(file.fileno())
 
-# %% ../nbs/01f_public_data.ipynb #b8073384
+# %% ../nbs/01f_public_data.ipynb #a4cd0862
 def _damaged(what: str, expected: str, found: str) -> ValueError:
     return DamagedFile(f"{what}: expected {expected}, found {found}")
 
@@ -322,7 +334,7 @@ def _check_file(path: Path, size: int | None, digest: tuple[str, str] | None, wh
         if found != digest[1]:
             raise _damaged(what, f"{digest[0]} {digest[1]}", found)
 
-
+# %% ../nbs/01f_public_data.ipynb #dcc2d9a3
 @contextmanager
 def _alone(part: _Part) -> Iterator[None]:
     "Only one process at a time fetches a file: the part is locked. Nothing stays behind if nothing came."
@@ -341,7 +353,7 @@ def _alone(part: _Part) -> Iterator[None]:
             if part.file.exists() and not part.here:
                 part.clear()
 
-
+# %% ../nbs/01f_public_data.ipynb #c3095912
 def download(
     url: str,
     path: str | os.PathLike,
@@ -374,7 +386,7 @@ def download(
         part.clear()
     return path
 
-
+# %% ../nbs/01f_public_data.ipynb #6dc4e287
 def _in_pieces(url, part: _Part, size, headers, timeout, tries, pause, bar) -> int | None:
     "Request after request until the part is whole; its length, where anybody knows it."
     import http.client
@@ -404,7 +416,7 @@ def _in_pieces(url, part: _Part, size, headers, timeout, tries, pause, bar) -> i
             )
         time.sleep(pause * 2 ** max(failed - 1, 0) if failed else 0)
 
-# %% ../nbs/01f_public_data.ipynb #00ff6af9
+# %% ../nbs/01f_public_data.ipynb #017a499d
 def _get(url: str, headers: dict, timeout: float = 20.0) -> tuple[bytes, dict]:
     with _ask(url, headers, timeout) as answer:
         return answer.read(), dict(answer.headers)
@@ -431,7 +443,7 @@ def _hub_files(known: PublicDataset, headers: dict) -> list[RemoteFile]:
         url = link.partition("<")[2].partition(">")[0] if 'rel="next"' in link else ""
     return files
 
-
+# %% ../nbs/01f_public_data.ipynb #e41cb81d
 def _s3_files(known: PublicDataset, enough: int | None) -> list[RemoteFile]:
     import xml.etree.ElementTree as ET
 
@@ -459,7 +471,7 @@ def _s3_files(known: PublicDataset, enough: int | None) -> list[RemoteFile]:
         more = {"continuation-token": token} if token else None
     return files
 
-# %% ../nbs/01f_public_data.ipynb #3afdaba4
+# %% ../nbs/01f_public_data.ipynb #ac424837
 class LicenceNotAccepted(PermissionError):
     "The terms were shown and not accepted."
 
@@ -481,22 +493,34 @@ def _inside(folder: Path, path: str) -> Path:
         raise ValueError(f"expected a file name inside the folder, found {path!r}")
     return folder.joinpath(*parts)
 
+# %% ../nbs/01f_public_data.ipynb #441910b5
+def _paper(path: str) -> bool:
+    "Is this a licence or a description?"
+    return any(fnmatch(PurePosixPath(path).name.lower(), like) for like in ("licen[cs]e*", "readme*"))
+
 
 def remote_files(name: str | PublicDataset, n: int | None = 1) -> list[RemoteFile]:
-    "The first `n` data files of a collection (None: all), in the order of their names."
+    "The first `n` data files of a collection (None: all), in the order of their names, then its licences and descriptions."
     known = dataset(name)
     try:
         files = _hub_files(known, _hub_headers()) if known.route == "hub" else _s3_files(known, n)
     except PermissionError as error:
         raise _refused(known, error) from None
-    files = sorted((f for f in files if fnmatch(f.path, known.pattern)), key=lambda f: f.path)
-    if not files:
+    files = sorted(files, key=lambda f: f.path)
+    data = [
+        f
+        for f in files
+        if fnmatch(f.path, known.pattern)
+        and not _paper(f.path)
+        and not PurePosixPath(f.path).name.startswith(".")
+    ]
+    if not data:
         raise FileNotFoundError(
             f"{known.endpoint}/{known.place}: expected files like {known.pattern}, found none"
         )
-    return files[:n]
+    return data[:n] + [f for f in files if _paper(f.path)]
 
-
+# %% ../nbs/01f_public_data.ipynb #835afb02
 def fetch(
     name: str | PublicDataset,  # one of DATASETS
     folder: str | os.PathLike,
@@ -521,7 +545,7 @@ def fetch(
         return _fetch_development(known, folder, n)
     return _fetch_files(known, folder, n, progress)
 
-
+# %% ../nbs/01f_public_data.ipynb #1221a079
 def _fetch_files(known: PublicDataset, folder: Path, n: int | None, progress: bool) -> list[Path]:
     files = remote_files(known, n)
     places = [_inside(folder, f.path) for f in files]
@@ -533,7 +557,7 @@ def _fetch_files(known: PublicDataset, folder: Path, n: int | None, progress: bo
     except PermissionError as error:
         raise _refused(known, error) from None
     _write_source(known, folder, files)
-    return places
+    return [place for file, place in zip(files, places) if not _paper(file.path)]
 
 
 def _fetch_development(known: PublicDataset, folder: Path, n: int | None) -> list[Path]:

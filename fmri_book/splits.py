@@ -63,7 +63,7 @@ def connected_groups(
         first[label] = min(first.get(label, name), name)
     return np.array([first[label] for label in labels[: len(table)]])
 
-# %% ../nbs/01e_splits.ipynb #46d06a52
+# %% ../nbs/01e_splits.ipynb #a861e4e6
 @dataclass(frozen=True)
 class Split:
     "Who is in which part, and why. Get one from `make_split` or `Split.load`."
@@ -93,31 +93,34 @@ class Split:
         sizes = ", ".join(f"{part} {len(names)}" for part, names in self.parts.items())
         return f"Split({sizes} subjects; together: {', '.join(self.groups)}; seed {self.seed}; {self.digest})"
 
-    def subjects(self, part: str) -> tuple[str, ...]:
-        "The subjects of a part."
-        if part not in self.parts:
-            raise ValueError(f"unknown part '{part}': expected one of {', '.join(self.parts)}")
-        return self.parts[part]
+# %% ../nbs/01e_splits.ipynb #544dd0ee
+@patch
+def subjects(self: Split, part: str) -> tuple[str, ...]:
+    "The subjects of a part."
+    if part not in self.parts:
+        raise ValueError(f"unknown part '{part}': expected one of {', '.join(self.parts)}")
+    return self.parts[part]
 
-    def of(self, subject: str) -> str:
-        "The part that a subject is in."
-        name = subject_name(subject)
-        if name not in self._part:
-            raise KeyError(
-                f"subject '{name}': expected one of the {len(self._part)} of this split, found none"
-            )
-        return self._part[name]
 
-    @property
-    def table(self) -> pd.DataFrame:
-        "One row a part: fraction asked for, subjects, recordings, groups."
-        import pandas as pd
+@patch
+def of(self: Split, subject: str) -> str:
+    "The part that a subject is in."
+    name = subject_name(subject)
+    if name not in self._part:
+        raise KeyError(f"subject '{name}': expected one of the {len(self._part)} of this split, found none")
+    return self._part[name]
 
-        table = pd.DataFrame(self.counts).T.rename_axis("part")
-        table.insert(0, "asked", pd.Series(self.fractions))
-        return table
 
-# %% ../nbs/01e_splits.ipynb #a10846e4
+@patch(as_prop=True)
+def table(self: Split) -> pd.DataFrame:
+    "One row a part: fraction asked for, subjects, recordings, groups."
+    import pandas as pd
+
+    table = pd.DataFrame(self.counts).T.rename_axis("part")
+    table.insert(0, "asked", pd.Series(self.fractions))
+    return table
+
+# %% ../nbs/01e_splits.ipynb #71016103
 RECORDING_COLUMNS = ("session", "task", "run", "recording")  # what tells the recordings of a subject apart
 
 
@@ -152,13 +155,13 @@ def _tidy(participants: pd.DataFrame, columns: Sequence[str], groups: Sequence[s
         )
     return table.reset_index(drop=True)
 
-
+# %% ../nbs/01e_splits.ipynb #b5327c07
 def _table_digest(table: pd.DataFrame) -> str:
     rows = sorted(map(list, table.itertuples(index=False)))
     text = json.dumps([list(table.columns), rows], ensure_ascii=False)
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/01e_splits.ipynb #606b6c80
+# %% ../nbs/01e_splits.ipynb #771aeb73
 def _hand_out(counts: np.ndarray, shares: np.ndarray) -> np.ndarray:  # (groups,) part
     "Each group in turn to the part that lacks most of what it has; no part stays empty."
     counts = np.column_stack([counts, counts.sum(1)]).astype(float)  # levels, and all of them
@@ -173,7 +176,7 @@ def _hand_out(counts: np.ndarray, shares: np.ndarray) -> np.ndarray:  # (groups,
         part[np.flatnonzero(part == richest)[-1]] = empty
     return part
 
-
+# %% ../nbs/01e_splits.ipynb #fc72b9b9
 def _check_fractions(fractions: Mapping[str, float]) -> dict[str, float]:
     shares = {str(k): float(v) for k, v in fractions.items()}
     if (
@@ -185,9 +188,7 @@ def _check_fractions(fractions: Mapping[str, float]) -> dict[str, float]:
     return shares
 
 
-def _levels(
-    table: pd.DataFrame, participants: pd.DataFrame, stratify: str | None
-) -> tuple[np.ndarray, list[str]]:
+def _levels(table: pd.DataFrame, stratify: str | None) -> tuple[np.ndarray, list[str]]:
     "The level of each row, and the levels."
     if stratify is None:
         return np.zeros(len(table), int), [""]
@@ -198,7 +199,28 @@ def _levels(
         )
     return number, [level or "unknown" for level in levels]
 
-# %% ../nbs/01e_splits.ipynb #d06a1e7f
+# %% ../nbs/01e_splits.ipynb #44b3b910
+def _places(
+    group: np.ndarray,  # (rows,) names
+    level: np.ndarray,  # (rows,) numbers
+    n_levels: int,
+    shares: Mapping[str, float],
+    seed: int,
+) -> list[str]:  # the part of each row
+    "Groups in an order that only the seed and their names decide, handed out one by one."
+    names = sorted(set(group), key=lambda g: blake2b(f"{seed}|{g}".encode(), digest_size=16).digest())
+    if len(names) < len(shares):
+        raise ValueError(
+            f"expected at least {len(shares)} groups, one for each of {', '.join(shares)}, found {len(names)}"
+        )
+    index = {g: i for i, g in enumerate(names)}
+    row = [index[g] for g in group]
+    counts = np.zeros((len(names), n_levels), int)
+    np.add.at(counts, (row, level), 1)
+    part = _hand_out(counts, np.array(list(shares.values())) / sum(shares.values()))
+    return [list(shares)[part[i]] for i in row]
+
+# %% ../nbs/01e_splits.ipynb #c8c8473f
 def make_split(
     participants: pd.DataFrame,  # a row for each subject or for each recording; the column 'subject' and those named below
     fractions: Mapping[str, float] = {"train": 0.8, "validation": 0.1, "test": 0.1},
@@ -219,39 +241,23 @@ def make_split(
         groups = ("subject", "family") if "family" in participants else ("subject",)
         if len(groups) == 1:
             notes.append("no column 'family': relatives, if there are any, may be on different sides")
-    groups = tuple(dict.fromkeys(("subject", *groups)))
+    groups = tuple(dict.fromkeys(("subject", *groups)))  # a person is never on two sides, asked for or not
     table = _tidy(participants, [*groups, *held, *([stratify] if stratify else [])], groups)
     for column in groups[1:]:
         if alone := table.subject[table[column] == ""].nunique():
             notes.append(f"{alone} subjects without a known {column}: each is a group of its own there")
     group = connected_groups(table, groups)
     out, more = _held_out(table, group, held, shares)
-    level, levels = _levels(table, participants, stratify)
+    level, levels = _levels(table, stratify)
     rest = {k: v for k, v in shares.items() if not (held and k == "test")}
-    names = sorted(set(group[~out]), key=lambda g: blake2b(f"{seed}|{g}".encode(), digest_size=16).digest())
-    if len(names) < len(rest):
-        raise ValueError(
-            f"expected at least {len(rest)} groups, one for each of {', '.join(rest)}, found {len(names)} (together: {', '.join(groups)})"
-        )
-    index = {g: i for i, g in enumerate(names)}
-    counts = np.zeros((len(names), len(levels)), int)
-    np.add.at(counts, ([index[g] for g in group[~out]], level[~out]), 1)
-    part = _hand_out(counts, np.array(list(rest.values())) / sum(rest.values()))
-    place = {g: list(rest)[p] for g, p in zip(names, part)} | {g: "test" for g in group[out]}
-    where = np.array([place[g] for g in group])
-    return Split(
-        {p: tuple(sorted(set(table.subject[where == p]))) for p in shares},
-        groups,
-        shares,
-        int(seed),
-        _table_digest(table),
-        held,
-        stratify,
-        _counts(table, group, where, shares, level, levels),
-        (*notes, *more),
-    )
+    where = np.full(len(table), "test", dtype=object)
+    where[~out] = _places(group[~out], level[~out], len(levels), rest, seed)
+    parts = {p: tuple(sorted(set(table.subject[where == p]))) for p in shares}
+    counts = _counts(table, group, where, shares, level, levels)
+    notes = (*notes, *more)
+    return Split(parts, groups, shares, int(seed), _table_digest(table), held, stratify, counts, notes)
 
-# %% ../nbs/01e_splits.ipynb #76db5f9d
+# %% ../nbs/01e_splits.ipynb #38240b25
 def _held_out(table, group, held, shares) -> tuple[np.ndarray, list[str]]:
     "Rows whose group has a held-out value, and what to say about it."
     out, notes = np.zeros(len(table), bool), []
@@ -279,7 +285,7 @@ def _held_out(table, group, held, shares) -> tuple[np.ndarray, list[str]]:
         )
     return out | tied, notes
 
-
+# %% ../nbs/01e_splits.ipynb #488c33eb
 def _counts(table, group, where, shares, level, levels) -> dict[str, dict[str, int]]:
     counts = {}
     for part in shares:
@@ -293,7 +299,7 @@ def _counts(table, group, where, shares, level, levels) -> dict[str, dict[str, i
             counts[part] |= {name: int((level[here] == i).sum()) for i, name in enumerate(levels)}
     return counts
 
-# %% ../nbs/01e_splits.ipynb #ce0cf914
+# %% ../nbs/01e_splits.ipynb #bfc7f7e3
 SPLIT_FORMAT = "fmri_book split 1"
 
 
@@ -311,7 +317,7 @@ def to_dict(self: Split) -> dict:
         for key, value in ((f, getattr(self, f)) for f in self.__dataclass_fields__)
     }
 
-
+# %% ../nbs/01e_splits.ipynb #7d1756af
 def _split_from(facts: dict, where: str) -> Split:
     if not isinstance(facts, dict) or facts.get("format") != SPLIT_FORMAT:
         found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
@@ -338,7 +344,7 @@ def load(cls: Split, path: str | os.PathLike) -> Split:
     "A split from its file."
     return _split_from(_read_json(Path(path)), str(path))
 
-
+# %% ../nbs/01e_splits.ipynb #db963433
 @patch
 def save(self: Split, path: str | os.PathLike) -> Path:
     "Write the split as JSON, once: a file that holds another split is never replaced."
@@ -352,7 +358,7 @@ def save(self: Split, path: str | os.PathLike) -> Path:
             )
     return path
 
-# %% ../nbs/01e_splits.ipynb #504164dd
+# %% ../nbs/01e_splits.ipynb #a95d472f
 @patch
 def check(self: Split, participants: pd.DataFrame) -> None:
     "Raise if the table shows a leak, naming who is on two sides."
@@ -376,7 +382,7 @@ def check(self: Split, participants: pd.DataFrame) -> None:
     if leaks:
         raise ValueError(f"expected nobody on two sides, found {len(leaks)}: {'; '.join(leaks[:5])}")
 
-# %% ../nbs/01e_splits.ipynb #0e18df6f
+# %% ../nbs/01e_splits.ipynb #218a5c0d
 def ordered_bits(
     values: np.ndarray,
 ) -> np.ndarray:  # uint32: a < b exactly if ordered_bits(a) < ordered_bits(b)
@@ -390,7 +396,7 @@ def from_ordered_bits(keys: np.ndarray) -> np.ndarray:  # float32
     keys = np.asarray(keys, np.uint32)
     return (keys ^ np.where(keys >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))).view(np.float32)
 
-# %% ../nbs/01e_splits.ipynb #361279d1
+# %% ../nbs/01e_splits.ipynb #c537d29d
 BIN_BYTES = 256 * 8  # one histogram of 256 bins
 
 
@@ -408,7 +414,7 @@ def _count_digits(keys: np.ndarray, begin: np.ndarray, shift: int, counts: np.nd
             found = np.bincount(chosen, minlength=256 * block.shape[1])
             counts[j, start : start + 1024] += found.reshape(-1, 256)
 
-
+# %% ../nbs/01e_splits.ipynb #1be355fa
 def _different(begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The prefixes that differ, (sites, few), repeated where a site has fewer, and which of them each rank follows."
     order = np.sort(begin, axis=1)
@@ -421,7 +427,7 @@ def _different(begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     np.put_along_axis(few, rank, order, 1)
     return few, (few[:, None, :] == begin[:, :, None]).argmax(2)
 
-
+# %% ../nbs/01e_splits.ipynb #1b7c850e
 def select_ranks(
     blocks: Callable,  # () -> iterator of float32 arrays (frames, sites): the data, once
     n_sites: int,
@@ -471,7 +477,7 @@ def exact_quantiles(
     gap = above - below
     return np.where(t >= 0.5, above - gap * (1 - t), below + gap * t)
 
-# %% ../nbs/01e_splits.ipynb #52f22dd3
+# %% ../nbs/01e_splits.ipynb #818d949c
 def merged_moments(
     blocks: Iterable[np.ndarray], n_sites: int
 ) -> tuple[np.ndarray, np.ndarray]:  # (sites,) float64 each
@@ -487,7 +493,7 @@ def merged_moments(
         n = total
     return mean, np.sqrt(squares / max(n, 1))
 
-# %% ../nbs/01e_splits.ipynb #cc78db7e
+# %% ../nbs/01e_splits.ipynb #87119fff
 FITTED, UNFITTED = ("robust", "z"), ("global", "frame", "none")
 
 
@@ -518,7 +524,7 @@ class Scaler:
 
     __hash__ = None
 
-
+# %% ../nbs/01e_splits.ipynb #552185bc
 def _check_kind(kind: str, per: str, of: str) -> None:
     for name, value, known in (
         ("kind", kind, FITTED + UNFITTED),
@@ -532,7 +538,7 @@ def _check_kind(kind: str, per: str, of: str) -> None:
             f"expected 'per' and 'of' for {' and '.join(FITTED)} only, found them with kind '{kind}', which is not fitted"
         )
 
-# %% ../nbs/01e_splits.ipynb #3c992df6
+# %% ../nbs/01e_splits.ipynb #753efee8
 def _layout_of(source, layout):
     layout = getattr(source, "layout", None) if layout is None else layout
     if layout is None:
@@ -540,6 +546,20 @@ def _layout_of(source, layout):
             f"expected a source that knows its layout, or layout=…, found a {type(source).__name__} without one"
         )
     return layout
+
+# %% ../nbs/01e_splits.ipynb #69daaebc
+def _columns(layout: Layout) -> str:
+    "Digest of the columns in canonical order, in which all recordings come, however they are stored."
+    return layout.digest if layout.patch is None else Layout.flat(layout.mask, layout.surface).digest
+
+
+def _wanted(subjects: Iterable[str] | str) -> set[str] | None:
+    "The names asked for; None for everybody."
+    if isinstance(subjects, str):
+        if subjects != "all":
+            raise ValueError(f"subjects: expected a list of subjects or 'all', found {subjects!r}")
+        return None
+    return {subject_name(s) for s in subjects}
 
 
 def _records(source, wanted: set[str] | None) -> Iterator[Record]:
@@ -565,7 +585,7 @@ def _checked(record: Record, n_sites: int) -> np.ndarray:
         )
     return values
 
-
+# %% ../nbs/01e_splits.ipynb #124cae69
 @dataclass
 class _Reader:
     "The data of the wanted subjects as blocks, read anew at each call; the first reading takes down who was there."
@@ -595,7 +615,7 @@ class _Reader:
             )
         self.n_rows, self.read = rows, True
 
-# %% ../nbs/01e_splits.ipynb #c52d22f9
+# %% ../nbs/01e_splits.ipynb #0e29dee8
 @patch(cls_method=True)
 def fit(
     cls: Scaler,
@@ -611,38 +631,22 @@ def fit(
     "Statistics of the training subjects: exact, and in memory that does not grow with the number of runs."
     _check_kind(kind, per, of)
     layout = _layout_of(source, layout)
-    if isinstance(subjects, str) and subjects != "all":
-        raise ValueError(f"subjects: expected a list of subjects or 'all', found {subjects!r}")
-    wanted = None if isinstance(subjects, str) else {subject_name(s) for s in subjects}
-    n = layout.n_sites
+    wanted, n, digest = _wanted(subjects), layout.n_sites, _columns(layout)
     if kind in UNFITTED:
-        return cls(kind, per, of, layout.digest, n, np.zeros(1, np.float32), np.ones(1, np.float32))
+        return cls(kind, per, of, digest, n, np.zeros(1, np.float32), np.ones(1, np.float32))
     if hasattr(source, "__next__"):
         raise ValueError(
             f"expected a source that can be read several times, found a {type(source).__name__}, which is used up after one reading"
         )
     reader = _Reader(source, wanted, n, per, of)
     centre, scale = _statistics(reader, kind, 1 if per == "all" else n, memory)
-    notes = ()
-    if wanted and (absent := len(wanted - reader.seen)):
-        notes = (f"{absent} of {len(wanted)} subjects have no recording in the source",)
-    flat = scale == 0
-    return cls(
-        kind,
-        per,
-        of,
-        layout.digest,
-        n,
-        centre,
-        np.where(flat, np.float32(1), scale),
-        len(reader.seen),
-        _list_digest(reader.seen),
-        reader.n_rows,
-        int(flat.sum()),
-        notes,
-    )
+    absent = len(wanted - reader.seen) if wanted else 0
+    notes = (f"{absent} of {len(wanted)} subjects have no recording in the source",) if absent else ()
+    flat, seen = scale == 0, (len(reader.seen), _list_digest(reader.seen), reader.n_rows)
+    scale = np.where(flat, np.float32(1), scale)
+    return cls(kind, per, of, digest, n, centre, scale, *seen, int(flat.sum()), notes)
 
-
+# %% ../nbs/01e_splits.ipynb #2fb6bebe
 def _list_digest(names: Iterable[str]) -> str:
     return blake2b("\n".join(sorted(names)).encode(), digest_size=8).hexdigest()
 
@@ -664,7 +668,7 @@ def _statistics(reader: _Reader, kind: str, n: int, memory: int) -> tuple[np.nda
         scale = high - low
     return centre.astype(np.float32), scale.astype(np.float32)
 
-# %% ../nbs/01e_splits.ipynb #75d3f68b
+# %% ../nbs/01e_splits.ipynb #14527e01
 def _as_float(x):
     "Float32, or float64 if that is what came; numpy or torch."
     if isinstance(x, np.ndarray):
@@ -677,13 +681,13 @@ def _as_float(x):
 @patch
 def check(self: Scaler, layout: Layout | str) -> None:  # noqa: F811 (Split has one, too)
     "Raise unless the layout (or its digest) is the one that the scaler was fitted on."
-    found = getattr(layout, "digest", layout)
+    found = layout if isinstance(layout, str) else _columns(layout)
     if found != self.layout:
         raise ValueError(
             f"expected data of the layout {self.layout} ({self.n_sites} sites), found the layout {found}"
         )
 
-
+# %% ../nbs/01e_splits.ipynb #e2334168
 @patch
 def stats(self: Scaler, x) -> tuple:  # centre and scale, of a shape that fits x (…, time, sites)
     "What will be taken away and divided by."
@@ -711,7 +715,7 @@ def _own_statistics(x, axes: tuple[int, ...]) -> tuple:
     sd = (((x - centre) ** 2).sum(axes, keepdims=True) / max(count - 1, 1)) ** 0.5
     return centre, sd + (sd == 0)
 
-
+# %% ../nbs/01e_splits.ipynb #c1115cbf
 @patch
 def transform(self: Scaler, x, stats: tuple | None = None, layout=None):
     "(x - centre) / scale for numpy or torch (…, time, sites); whole numbers and float16 become float32."
@@ -733,7 +737,7 @@ def inverse(self: Scaler, y, stats: tuple | None = None, layout=None):
     centre, scale = self.stats(y) if stats is None else stats
     return _as_float(y) * scale + centre
 
-# %% ../nbs/01e_splits.ipynb #852aa3ce
+# %% ../nbs/01e_splits.ipynb #50af3a90
 SCALER_FORMAT = "fmri_book scaler 1"
 
 
@@ -769,7 +773,7 @@ def from_dict(cls: Scaler, facts: Mapping, where: str = "scaler") -> Scaler:
         raise ValueError(f"{where}: expected positive numbers in 'scale', found {facts['scale'].min():g}")
     return cls(**facts | {"notes": tuple(facts["notes"])})
 
-
+# %% ../nbs/01e_splits.ipynb #75df7ede
 @patch
 def save(self: Scaler, path: str | os.PathLike) -> Path:  # noqa: F811 (Split has one, too)
     "Write the scaler as JSON; a file that holds another one is never replaced."
@@ -786,7 +790,7 @@ def load(cls: Scaler, path: str | os.PathLike) -> Scaler:  # noqa: F811 (Split h
     "A scaler from its file."
     return cls.from_dict(_read_json(Path(path)), str(path))
 
-# %% ../nbs/01e_splits.ipynb #77752a91
+# %% ../nbs/01e_splits.ipynb #42ee716f
 def _npz_names(kind: str, per: str) -> tuple[str, str]:
     names = {"robust": ("medians", "iqrs"), "z": ("mean", "std")}
     if kind not in names:
@@ -812,14 +816,14 @@ def from_normalization_npz(
         kind,
         per,
         "run means",
-        layout.digest,
+        _columns(layout),
         layout.n_sites,
         *arrays,
         notes=(f"read from {Path(path).name}",),
     ).to_dict()
     return Scaler.from_dict(facts, str(path))
 
-
+# %% ../nbs/01e_splits.ipynb #0d6fbf06
 def to_normalization_npz(
     path: str | os.PathLike,
     *scalers: Scaler,  # of run means; up to four: robust and z, per site and for all

@@ -322,6 +322,9 @@ def test_switched_off_means_not_even_tried(server, monkeypatch, name, tmp_path, 
 # ---------------------------------------------------------------- collections
 
 
+PAPERS = {".gitattributes": b"x", "README.md": b"me\n", "licences/ds1/LICENSE.txt": b"CC0"}
+
+
 def hub_answers(server):
     listing = [{"type": "directory", "path": "data"}]
     for path, body in server.shards.items():
@@ -333,7 +336,7 @@ def hub_answers(server):
                 "lfs": {"oid": hashlib.sha256(body).hexdigest()},
             }
         )
-    listing.append({"type": "file", "path": "README.md", "size": 3})
+    listing += [{"type": "file", "path": path, "size": len(body)} for path, body in PAPERS.items()]
 
     def page(query):
         first = "cursor" not in query
@@ -345,7 +348,7 @@ def hub_answers(server):
         return json.dumps(listing[:2] if first else listing[2:]).encode(), rest
 
     answers = {"/api/datasets/me/shelf/tree/main": page}
-    for path, body in server.shards.items():
+    for path, body in (server.shards | PAPERS).items():
         answers[f"/datasets/me/shelf/resolve/main/{path}"] = lambda q, body=body: (body, {})
     return answers
 
@@ -380,10 +383,18 @@ def test_shards_from_a_hub(server, shelf, tmp_path):
     ]
     assert all(p.read_bytes() == server.shards[p.relative_to(tmp_path / "x").as_posix()] for p in paths)
     everything = fetch(shelf, tmp_path / "x", accept_licence=True, n=None, progress=False)
-    assert len(everything) == 3 and sum("resolve" in path for path, _ in server.asked) == 3
+    assert len(everything) == 3 and sum("resolve" in path for path, _ in server.asked) == 5
+    assert (tmp_path / "x" / "licences" / "ds1" / "LICENSE.txt").read_bytes() == b"CC0"
+    assert not (tmp_path / "x" / ".gitattributes").exists()
     source = json.loads((tmp_path / "x" / "SOURCE.json").read_text())
     assert (source["collection"], source["licence"]) == ("shelf", shelf.licence)
-    assert [f["path"] for f in source["files"]] == sorted(server.shards)
+    assert [f["path"] for f in source["files"]] == [
+        "data/shard_0000.tar",
+        "data/shard_0001.tar",
+        "README.md",
+        "licences/ds1/LICENSE.txt",
+        "data/shard_0002.tar",
+    ]
     with pytest.raises(ValueError, match="expected the folder of 'other', found 'shelf'"):
         fetch(replace(shelf, name="other"), tmp_path / "x", accept_licence=True, progress=False)
 
@@ -411,7 +422,7 @@ def test_a_gated_collection_tells_how_to_get_in(server, shelf, tmp_path, positio
 
 def test_too_little_space_for_all_files(server, shelf, tmp_path, monkeypatch):
     monkeypatch.setattr(public_data.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5999}))
-    with pytest.raises(OSError, match="expected 6,000 bytes free"):
+    with pytest.raises(OSError, match="expected 6,006 bytes free"):
         fetch(shelf, tmp_path / "x", accept_licence=True, n=None, progress=False)
     assert not any("resolve" in path for path, _ in server.asked)
 

@@ -647,6 +647,14 @@ def _npz(folder: Path, **arrays) -> Path:
     return folder / "part.npz"
 
 
+def test_a_store_in_patches_takes_the_scaler_of_the_same_columns():
+    patches = Layout.flat(np.ones((4, 5), bool), patch=(2, 5))
+    assert patches.digest != LAYOUT.digest
+    scaler = Scaler.fit(Source(make_records()), "z", subjects="all")
+    scaler.check(patches)
+    assert Scaler.fit(Source(make_records(), patches), "z", subjects="all") == scaler
+
+
 def test_import_is_light():
     code = "import sys, fmri_book.splits; print([m for m in ('torch', 'pandas', 'sklearn', 'nibabel') if m in sys.modules])"
     found = subprocess.run(
