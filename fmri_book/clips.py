@@ -43,7 +43,7 @@ def hashed_uniform(
         h = h ^ (h >> np.uint64(31))
     return (h >> np.uint64(11)) * 2.0**-53
 
-# %% ../nbs/02a_clips.ipynb #b38c8dc0
+# %% ../nbs/02a_clips.ipynb #3d56165e
 CLIP_MODES = ("sequential", "random", "events")
 
 
@@ -65,11 +65,13 @@ class ClipRule:
         for name in ("frames", "stride"):
             if (n := getattr(self, name)) is not None and (int(n) != n or n < 1):
                 raise ValueError(f"clips: expected {name} to be a whole number from 1 up, found {n!r}")
-        for name, low in (("oversample", None), ("min_gap", 0.0)):
-            if not np.isfinite(v := getattr(self, name)) or (v <= 0 if low is None else v < low):
+        for name, low in (("oversample", 0), ("min_gap", 0), ("hrf_delay", -np.inf)):
+            if not (np.isfinite(value := getattr(self, name)) and value >= low):
                 raise ValueError(
-                    f"clips: expected {name} to be {'above' if low is None else 'at least'} 0, found {v!r}"
+                    f"clips: expected {name} as a number{' from 0 up' if low == 0 else ''}, found {value!r}"
                 )
+        if self.oversample <= 0:
+            raise ValueError(f"clips: expected oversample above 0, found {self.oversample!r}")
         if self.trial_types is not None:
             object.__setattr__(self, "trial_types", tuple(map(str, self.trial_types)))
 
