@@ -220,7 +220,7 @@ def _places(
     part = _hand_out(counts, np.array(list(shares.values())) / sum(shares.values()))
     return [list(shares)[part[i]] for i in row]
 
-# %% ../nbs/01e_splits.ipynb #c8c8473f
+# %% ../nbs/01e_splits.ipynb #a8b361ff
 def make_split(
     participants: pd.DataFrame,  # a row for each subject or for each recording; the column 'subject' and those named below
     fractions: Mapping[str, float] = {"train": 0.8, "validation": 0.1, "test": 0.1},
@@ -232,10 +232,7 @@ def make_split(
     seed: int = 0,
 ) -> Split:
     "Parts that share no subject, no family, nor whatever else `groups` names; the same for any order of the rows."
-    shares, held = (
-        _check_fractions(fractions),
-        {c: tuple(map(plain_name, v)) for c, v in (hold_out or {}).items()},
-    )
+    shares, held = _check_fractions(fractions), _held_values(hold_out or {})
     notes = []
     if groups is None:
         groups = ("subject", "family") if "family" in participants else ("subject",)
@@ -257,7 +254,14 @@ def make_split(
     notes = (*notes, *more)
     return Split(parts, groups, shares, int(seed), _table_digest(table), held, stratify, counts, notes)
 
-# %% ../nbs/01e_splits.ipynb #38240b25
+# %% ../nbs/01e_splits.ipynb #8c9cc05e
+def _held_values(hold_out: Mapping) -> dict[str, tuple[str, ...]]:
+    "Column -> values; a single value need not be in a list."
+    return {
+        c: (plain_name(v),) if isinstance(v, str) else tuple(map(plain_name, v)) for c, v in hold_out.items()
+    }
+
+
 def _held_out(table, group, held, shares) -> tuple[np.ndarray, list[str]]:
     "Rows whose group has a held-out value, and what to say about it."
     out, notes = np.zeros(len(table), bool), []
@@ -585,7 +589,7 @@ def _checked(record: Record, n_sites: int) -> np.ndarray:
         )
     return values
 
-# %% ../nbs/01e_splits.ipynb #124cae69
+# %% ../nbs/01e_splits.ipynb #be30370f
 @dataclass
 class _Reader:
     "The data of the wanted subjects as blocks, read anew at each call; the first reading takes down who was there."
@@ -608,7 +612,11 @@ class _Reader:
             if self.of == "run means":
                 values = values.mean(0, dtype=np.float64, keepdims=True).astype(np.float32)
             rows += len(values)
-            yield values.reshape(-1, 1) if self.per == "all" else values
+            values = values.reshape(-1, 1) if self.per == "all" else values
+            step = max(
+                1, 2**21 // values.shape[1]
+            )  # 8 MB at a time: a long run costs no more memory than a short one
+            yield from (values[start : start + step] for start in range(0, len(values), step))
         if self.read and rows != self.n_rows:
             raise ValueError(
                 f"expected the same {self.n_rows} rows at each reading, found {rows}: is the source read only once, or changing?"

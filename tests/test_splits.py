@@ -192,6 +192,7 @@ def test_a_person_in_two_families_ties_them_together():
 def test_held_out_sites_are_the_test_part_with_their_relatives():
     table = people()
     split = make_split(table, hold_out={"site": ["B"]}, groups=("subject",))
+    assert split == make_split(table, hold_out={"site": "B"}, groups=("subject",))
     assert set(table.site[table.subject.map(split.of) == "test"]) == {"B"}
     assert "B" not in set(table.site[table.subject.map(split.of) != "test"])
     tied = make_split(table, hold_out={"site": ["B"]})
@@ -472,6 +473,27 @@ def test_a_store_is_asked_only_for_the_training_subjects():
         Source(records), "robust", subjects=["01"]
     )
     assert set(Shelf.asked) == {"01"}
+
+
+def test_a_real_store_gives_the_same_scaler(tmp_path):
+    from fmri_book.storage import write_store
+
+    records = make_records()
+    store = write_store(Source(records), tmp_path / "store", progress=False)
+    for kind in ("robust", "z"):
+        assert Scaler.fit(store, kind, subjects=["00", "03"]) == Scaler.fit(
+            Source(records), kind, subjects=["00", "03"]
+        )
+
+
+def test_long_runs_are_read_in_pieces():
+    rng = np.random.default_rng(0)
+    wide = Layout.flat(np.ones((100, 100), bool))
+    records = [Record(rng.standard_normal((450, 10_000), dtype=np.float32), 1.0, "a")]  # three pieces
+    assert len(list(splits._Reader(records, None, 10_000, "site", "frames")())) == 3
+    scaler = Scaler.fit(Source(records, wide), "robust", "all", subjects="all")
+    assert scaler.centre[0] == np.float32(np.median(records[0].values.astype(np.float64)))
+    assert scaler.n_frames == 450
 
 
 def test_absent_subjects_are_noted():
