@@ -1038,7 +1038,7 @@ def _check_finished(path: Path):
     if facts["kind"] != "store":
         raise ValueError(f"{path}: expected a clip store, found '{facts['kind']}'")
 
-# %% ../nbs/01b_storage.ipynb #211bea1d
+# %% ../nbs/01b_storage.ipynb #e24f7f7b
 @patch
 def read(
     self: Store,
@@ -1061,7 +1061,7 @@ def read(
     self._fetch(i, out, start * row)
     return out
 
-
+# %% ../nbs/01b_storage.ipynb #5b1eacc9
 @patch
 def _row(self: Store, i: int) -> int:
     i = operator.index(i)
@@ -1185,7 +1185,7 @@ def _check_file(folder: Path, name: str, entry: dict) -> str:
         return f"{name}: expected blake2b {entry['blake2b']}, found {digest}"
     return ""
 
-# %% ../nbs/01b_storage.ipynb #63e94ccf
+# %% ../nbs/01b_storage.ipynb #ac3b4b76
 def verify(
     path: str | Path,  # a folder with a manifest: a store, or any other prepared output
     workers: int | None = None,  # threads; None: as many as there are cores, at most 8
@@ -1225,7 +1225,7 @@ def verify(
         [*damaged.values(), *problems], len(found) + 1, sum(s.st_size for s in found.values())
     )
 
-# %% ../nbs/01b_storage.ipynb #b4617e2a
+# %% ../nbs/01b_storage.ipynb #f455a472
 def _damaged_frames(folder: Path, name: str, damaged: dict) -> str:
     "Which run and which frames a damaged file holds, as far as the checksums of its chunks tell."
     if not name.startswith("runs/") or damaged.keys() & {"index.parquet", "store.json"}:
