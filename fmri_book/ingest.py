@@ -338,13 +338,17 @@ def _as_bids(path: Path) -> _Found | None:
     rank = _DESCRIPTIONS.index(described) if described in _DESCRIPTIONS else len(_DESCRIPTIONS)
     return _Found(path, "bids", kind, parts, _bids_space(kind, found), rank)
 
-# %% ../nbs/01c_ingest.ipynb #2b5d29ef
+# %% ../nbs/01c_ingest.ipynb #fa2fc5f3
 def _plain(path: Path, root: Path) -> _Found | str:
     "A file that follows no scheme, or the reason why it cannot be a recording."
     kind, stem = _kind(path.name), path.name.split(".")[0]
     if kind == "surface" and path.name.endswith((".surf.gii", ".shape.gii", ".label.gii")):
         return "a surface's geometry, shape or labels"
-    if _NOT_BOLD.search(stem) and entities(path.name).get("suffix") != "bold":
+    if (
+        kind in ("volume", "surface")
+        and _NOT_BOLD.search(stem)
+        and entities(path.name).get("suffix") != "bold"
+    ):
         return "named like an anatomical image, an atlas or a mask"
     if kind == "surface" and not hemisphere_of(path.name):
         return "no hemisphere in its name"
@@ -1958,7 +1962,7 @@ def _check_numbers(values: np.ndarray, name: str, options: IngestOptions) -> tup
     decision = "raise --max-dead to accept it" if too_many else "kept as they are"
     return dead, [*rows, Decision("dead sites", limit, found, decision, "refuse" if too_many else "note")]
 
-# %% ../nbs/01c_ingest.ipynb #c60ad618
+# %% ../nbs/01c_ingest.ipynb #be60c941
 def fill_rejected(values: np.ndarray, rejected) -> np.ndarray:
     "Frames that were rejected, replaced by a straight line between their neighbours in time."
     out, frames = values.copy(), np.arange(len(values))
@@ -1975,15 +1979,11 @@ def regress_out(values: np.ndarray, regressors: np.ndarray, rejected=()) -> np.n
     "Least squares on the frames that were not rejected; each site keeps its mean."
     kept = np.setdiff1d(np.arange(len(values)), rejected)
     design = regressors - regressors[kept].mean(0)
-    if np.linalg.matrix_rank(design[kept]) >= len(kept) - 2:
-        raise ValueError(
-            f"expected fewer confounds than frames, found {design.shape[1]} for {len(kept)} frames"
-        )
     centred = values[kept] - values[kept].mean(0, dtype=np.float64)
     betas = np.linalg.lstsq(design[kept], centred, rcond=None)[0]
     return (values - design @ betas).astype(np.float32)
 
-# %% ../nbs/01c_ingest.ipynb #3f15fd62
+# %% ../nbs/01c_ingest.ipynb #7f0453ee
 def _clean(
     values, confounds: Confounds, facts: dict, options: IngestOptions
 ) -> tuple[np.ndarray, list[Decision]]:
@@ -1994,6 +1994,9 @@ def _clean(
         regressors = confounds.regressors.to_numpy(float)[facts["first"] :]
         regressors = np.nan_to_num(regressors)[:, np.ptp(np.nan_to_num(regressors), axis=0) > 0]
     filters = options.high_pass is not None or options.low_pass is not None
+    rows += _freedom(len(values) - len(rejected), regressors, facts["tr"], options)
+    if any(d.level == "refuse" for d in rows):
+        return values, rows
     if rejected and (options.censor == "interpolate" or filters):
         values = fill_rejected(values, rejected)
         regressors = None if regressors is None else fill_rejected(regressors, rejected)
@@ -2008,6 +2011,30 @@ def _clean(
     elif regressors is not None:
         values = regress_out(values, regressors, rejected if options.censor == "keep" else ())
     return values, rows
+
+# %% ../nbs/01c_ingest.ipynb #1e06c4c0
+def _freedom(frames: int, regressors, tr: float, options: IngestOptions) -> list[Decision]:
+    "How many independent numbers a site has left after the band and the regressors."
+    low, high = options.high_pass or 0.0, options.low_pass or 0.5 / tr
+    columns = 0 if regressors is None else np.linalg.matrix_rank(regressors - regressors.mean(0))
+    free = frames * (high - low) / (0.5 / tr) - columns - 1
+    if free >= 0.25 * frames:
+        return []
+    found = f"about {max(free, 0):.0f} of {frames}: {columns} regressors, {low:g} to {high:g} Hz"
+    decision = (
+        "kept; a gentler strategy leaves more"
+        if free >= 5
+        else "nothing would be left: use a gentler strategy"
+    )
+    return [
+        Decision(
+            "degrees of freedom",
+            "a quarter of the frames",
+            found,
+            decision,
+            "note" if free >= 5 else "refuse",
+        )
+    ]
 
 # %% ../nbs/01c_ingest.ipynb #517fe459
 def _events_of(source: Source, facts: dict) -> tuple[pd.DataFrame | None, list[Decision]]:
@@ -2029,7 +2056,7 @@ def _events_of(source: Source, facts: dict) -> tuple[pd.DataFrame | None, list[D
     )
     return events[~over].reset_index(drop=True), [row]
 
-# %% ../nbs/01c_ingest.ipynb #e3ea9d1e
+# %% ../nbs/01c_ingest.ipynb #896b0836
 def load(
     source: Source,
     to: str,  # a Space name, 'volume', 'surface', 'flat' or 'parcels'
@@ -2061,6 +2088,8 @@ def load(
     values, rows = _clean(values, read_confounds(source, options.confounds)[0], facts, options)
     events, more = _events_of(source, facts)
     decisions += [*rows, *more]
+    if any(d.level == "refuse" for d in rows):
+        raise Refused(source.key, decisions)
     dead = int(((values.min(0) == values.max(0)) & Space.named(space).cortex).sum())
     run = Run(
         values, facts["tr"], space, source.subject, source.session, source.task, events, allow_constant=dead

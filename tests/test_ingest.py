@@ -22,7 +22,7 @@ from fmri_book.ingest import IngestOptions, Refused, discover, examine, inspect_
 
 SHARED = Path(os.environ.get("FMRI_BOOK_SHARED", "/work/shared/data"))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real files at {SHARED}")
-FRAMES = 40
+FRAMES = 60
 MNI = np.array([[-4.0, 0, 0, 90], [0, 4, 0, -126], [0, 0, 4, -72], [0, 0, 0, 1]])  # LAS, as FSL writes
 GRID = (46, 55, 46)
 
@@ -221,8 +221,8 @@ def test_hcp_folders_prefer_the_cleaned_version(tmp_path):
 def test_uk_biobank_folders(tmp_path):
     inside = tmp_path / "1000011_20227_2_0" / "fMRI" / "rfMRI.ica"
     save_volume(inside / "filtered_func_data_clean.nii.gz", noise((6, 6, 6, 100)), np.diag([2.4, 2.4, 2.4, 1]), 0.735, 1)
-    save_volume(inside / "filtered_func_data_clean_MNI.nii.gz", noise((*GRID, 100)), MNI, 0.735, 4)
-    save_volume(tmp_path / "1000022" / "fMRI" / "filtered_func_data_clean_MNI.nii.gz", noise((*GRID, 100)), MNI, 0.735)
+    save_volume(inside / "filtered_func_data_clean_MNI.nii.gz", np.zeros((*GRID, 100), np.int16), MNI, 0.735, 4)
+    save_volume(tmp_path / "1000022" / "fMRI" / "filtered_func_data_clean_MNI.nii.gz", np.zeros((*GRID, 100), np.int16), MNI, 0.735)
     np.savetxt(tmp_path / "1000033_20227_2_0.dat", noise((100, 424)))
     found = discover(tmp_path, to="volume")
     keys = {s.key: s for s in found.sources}
@@ -353,12 +353,12 @@ def test_a_strategy_that_the_table_cannot_serve_is_refused(study):
 def test_confounds_of_another_run_are_refused(study):
     confounds_table(FRAMES + 3).to_csv(next(study.rglob("*timeseries.tsv")), sep="\t", index=False)
     source = discover(study, to="fsaverage5").sources[0]
-    assert "43" in " ".join(examine(source, options=IngestOptions(confounds="simple")).reasons)
+    assert "63" in " ".join(examine(source, options=IngestOptions(confounds="simple")).reasons)
 
 
 def test_too_much_motion_is_refused_and_little_is_bridged(study):
     path = next(study.rglob("*timeseries.tsv"))
-    confounds_table(outliers=range(10, 35)).to_csv(path, sep="\t", index=False)
+    confounds_table(outliers=range(10, 45)).to_csv(path, sep="\t", index=False)
     source = discover(study, to="fsaverage5").sources[0]
     assert level(examine(source).decisions, "motion") == "refuse"
     confounds_table(outliers=(10, 11)).to_csv(path, sep="\t", index=False)
@@ -378,9 +378,32 @@ def test_bridging_changes_rejected_frames_only_and_stays_inside_the_data(rejecte
 
 
 def test_filters_keep_the_mean(study):
-    source = discover(study, to="fsaverage5").sources[0]
-    run, _ = load(source, "fsaverage5", IngestOptions(confounds="motion", high_pass=0.02, low_pass=0.1, drop_first=0))
-    np.testing.assert_allclose(run.bold.mean(0), 1000, rtol=0.05)
+    source, options = discover(study, to="volume").sources[0], dict(drop_first=0)
+    run, decisions = load(source, "schaefer100", IngestOptions(high_pass=0.02, low_pass=0.1, **options))
+    raw, _ = load(source, "schaefer100", IngestOptions(drop_first=0, censor="interpolate"))
+    np.testing.assert_allclose(run.bold.mean(0), raw.bold.mean(0), rtol=1e-5)
+    power = np.abs(np.fft.rfft(run.bold - run.bold.mean(0), axis=0)) ** 2
+    band = np.fft.rfftfreq(FRAMES, 2.0) <= 0.15
+    assert power[~band].sum() < 0.05 * power[band].sum() and level(decisions, "filter") == "ok"
+    with pytest.raises(Refused, match="24 regressors"):  # of 58 frames, a band of 0.02 to 0.1 Hz leaves 19 numbers
+        load(source, "schaefer100", IngestOptions(confounds="motion", high_pass=0.02, low_pass=0.1))
+
+
+def test_compcor_and_aroma_through_nilearn(study):
+    path = next(study.rglob("*timeseries.tsv"))
+    table = confounds_table().assign(**{f"a_comp_cor_{k:02d}": noise(FRAMES, k) for k in range(3)})
+    table.to_csv(path, sep="\t", index=False)
+    retained = dict(Mask="combined", Method="aCompCor", Retained=True)
+    path.with_suffix(".json").write_text(json.dumps({f"a_comp_cor_{k:02d}": retained for k in range(3)}))
+    source = discover(study, to="volume").sources[0]
+    run, _ = load(source, "schaefer100", IngestOptions(confounds="compcor"))
+    z = (table["a_comp_cor_01"] - table["a_comp_cor_01"].mean()).to_numpy()
+    assert np.abs(z @ run.bold).max() < 1e-3 * np.linalg.norm(z) * np.linalg.norm(run.bold, axis=0).max()
+    assert "smoothAROMA" in " ".join(examine(source, options=IngestOptions(confounds="ica_aroma")).reasons)
+    shutil.copy(source.files[0], str(source.files[0]).replace("desc-preproc", "desc-smoothAROMAnonaggr"))
+    (aroma,) = discover(study, to="volume", pattern="*smoothAROMA*").sources
+    _, decisions = load(aroma, "schaefer100", IngestOptions(confounds="ica_aroma"))
+    assert level(decisions, "confounds") == "ok"
 
 
 # --- surfaces and grayordinates
@@ -480,14 +503,14 @@ def test_point_weights_interpolate_linear_fields_exactly():
 def test_a_painted_run_comes_back_from_its_volume(tmp_path):
     "Parcel values painted into MNI space, stored as LAS, read again: each parcel gets its own signal back."
     rng = np.random.default_rng(1)
-    run = data.Run(rng.normal(100, 5, (40, 100)), 2.0, "schaefer100").to("MNI152NLin6Asym_2mm")
+    run = data.Run(rng.normal(100, 5, (40, 100)), 2.0, "schaefer100").to("MNI152NLin6Asym_4mm")
     grid = run.sites.to_grid(run.bold, 0).transpose(1, 2, 3, 0)
     image = nib.Nifti1Image(grid, run.sites.affine).as_reoriented([[0, -1], [1, 1], [2, 1]])
     path = save_volume(tmp_path / "sub-1_space-MNI152NLin6Asym_bold.nii.gz", np.asarray(image.dataobj), image.affine)
     source = discover(path).sources[0]
     back, _ = load(source, "schaefer100")
     np.testing.assert_allclose(back.bold, run.to("schaefer100").bold, rtol=1e-4)
-    same, _ = load(source, "MNI152NLin6Asym_2mm")
+    same, _ = load(source, "MNI152NLin6Asym_4mm")
     np.testing.assert_allclose(same.bold, run.bold, rtol=1e-6)
 
 
