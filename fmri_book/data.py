@@ -70,7 +70,7 @@ SPACES = (
 )
 _OWN_SPACES = {}  # what users bring: their own masks and atlases
 
-# %% ../nbs/01_data.ipynb #7b6d02f6
+# %% ../nbs/01_data.ipynb #88956153
 @dataclass(frozen=True, eq=False)
 class Space:
     "Where the sites of a run are: their number, order, names, coordinates and side. Get one by `Space.named`."
@@ -104,16 +104,17 @@ class Space:
     def __repr__(self) -> str:
         return f"Space({self.name}: {self.n_sites} {SITE_NOUNS[self.kind]}, {int((~self.cortex).sum())} outside the cortex, {self.reference} mm)"
 
-    @staticmethod
-    def named(name: str) -> Space:
-        "The space of that name: one of `SPACES`, or one that was registered."
-        if name in _OWN_SPACES:
-            return _OWN_SPACES[name]
-        if name not in SPACES:
-            raise ValueError(f"unknown space '{name}': expected one of {', '.join((*SPACES, *_OWN_SPACES))}")
-        return _build_space(name)
+# %% ../nbs/01_data.ipynb #f178f38d
+@patch(cls_method=True)
+def named(cls: Space, name: str) -> Space:
+    "The space of that name: one of `SPACES`, or one that was registered."
+    if name in _OWN_SPACES:
+        return _OWN_SPACES[name]
+    if name not in SPACES:
+        raise ValueError(f"unknown space '{name}': expected one of {', '.join((*SPACES, *_OWN_SPACES))}")
+    return _build_space(name)
 
-# %% ../nbs/01_data.ipynb #a2bce231
+
 @patch(as_prop=True)
 def n_sites(self: Space) -> int:
     "Number of sites."
