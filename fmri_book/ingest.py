@@ -186,13 +186,14 @@ def _without_side(name: str) -> str:
     match = _HEMISPHERE.search(name)
     return name if match is None else name[: match.start("side")] + "?" + name[match.end("side") :]
 
-# %% ../nbs/01c_ingest.ipynb #907b14c2
+# %% ../nbs/01c_ingest.ipynb #4f858c3d
 _KINDS = {
     ".dtseries.nii": "grayordinates",
     ".ptseries.nii": "parcels",
     ".func.gii": "surface",
     ".nii.gz": "volume",
     ".nii": "volume",
+    ".img": "volume",
     ".mgz": "surface",
     ".mgh": "surface",
     ".gii": "surface",
@@ -307,7 +308,7 @@ def _as_openfmri(path: Path) -> _Found | None:
     parts = dict(subject=match["subject"], session="", task=match["task"], run=match["run"])
     return _Found(path, "openfmri", "volume", parts, "native")
 
-# %% ../nbs/01c_ingest.ipynb #705a6a8e
+# %% ../nbs/01c_ingest.ipynb #4299c8ad
 _KEY_PARTS = ("sub", "ses", "task", "run")
 _OF_THE_FILE = {"space", "res", "den", "desc", "hemi", "suffix"}  # versions of a recording, not recordings
 _DESCRIPTIONS = ("preproc", "", "smoothAROMAnonaggr")
@@ -325,20 +326,24 @@ def _bids_space(kind: str, found: dict) -> str:
     return {"": "native", "T1w": "native", "boldref": "native", "func": "native"}.get(space, space)
 
 
+def _parts(found: dict) -> dict:
+    "Subject, session, task, and the run together with whatever else tells recordings apart (acq, dir …)."
+    extra = [f"{k}-{v}" for k, v in found.items() if k not in (*_KEY_PARTS, *_OF_THE_FILE, "part", "echo")]
+    run = "_".join(filter(None, [found.get("run", ""), *extra]))
+    return dict(subject=found["sub"], session=found.get("ses", ""), task=found.get("task", ""), run=run)
+
+
 def _as_bids(path: Path) -> _Found | None:
     found, kind = entities(path.name), _kind(path.name)
     if "sub" not in found or found["suffix"] != "bold" or found.get("part") == "phase":
         return None
     if kind not in ("volume", "surface", "grayordinates", "parcels"):
         return None
-    extra = [f"{k}-{v}" for k, v in found.items() if k not in (*_KEY_PARTS, *_OF_THE_FILE, "part", "echo")]
-    parts = dict(subject=found["sub"], session=found.get("ses", ""), task=found.get("task", ""))
-    parts["run"] = "_".join(filter(None, [found.get("run", ""), *extra]))
     described = found.get("desc", "")
     rank = _DESCRIPTIONS.index(described) if described in _DESCRIPTIONS else len(_DESCRIPTIONS)
-    return _Found(path, "bids", kind, parts, _bids_space(kind, found), rank)
+    return _Found(path, "bids", kind, _parts(found), _bids_space(kind, found), rank)
 
-# %% ../nbs/01c_ingest.ipynb #fa2fc5f3
+# %% ../nbs/01c_ingest.ipynb #1148881f
 def _plain(path: Path, root: Path) -> _Found | str:
     "A file that follows no scheme, or the reason why it cannot be a recording."
     kind, stem = _kind(path.name), path.name.split(".")[0]
@@ -361,12 +366,12 @@ def _plain(path: Path, root: Path) -> _Found | str:
     if kind == "parcels" and path.suffix == ".txt":
         return "a text file that follows no scheme"
     found, name = entities(path.name), _without_side(path.name) if kind == "surface" else path.name
-    relative = path.relative_to(root).with_name(name.split(".")[0])
-    subject = found.get("sub") or _subject_name(
-        "-".join(p.replace("?", "").strip("_-. ") or "x" for p in relative.parts)
-    )
-    parts = dict(
-        subject=subject, session=found.get("ses", ""), task=found.get("task", ""), run=found.get("run", "")
+    name = name.removesuffix(next(e for e in _KINDS if name.endswith(e))).replace("?", "")
+    where = path.relative_to(root).with_name(re.sub(r"[._-]{2,}", ".", name).strip("_-. ") or "x")
+    parts = (
+        _parts(found)
+        if "sub" in found
+        else dict(subject=_subject_name("-".join(where.parts)), session="", task="", run="")
     )
     return _Found(path, "file", kind, parts)
 
@@ -627,7 +632,7 @@ def _tie(key: str, sources: list[Source]) -> Problem:
     remedy = "keep one of them, or choose with --pattern"
     return Problem(key, f"expected every recording once, found {len(sources)} of this name: {names}", remedy)
 
-# %% ../nbs/01c_ingest.ipynb #d2f8c14b
+# %% ../nbs/01c_ingest.ipynb #4875b428
 def discover(
     path: str | Path,  # a file or a folder
     *,
@@ -647,8 +652,9 @@ def discover(
     sources, more = _choose(candidates, to, atlas)
     for why, files in other.items():
         shown = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        level = "refuse" if why in _DAMAGED else "not needed"
         problems.append(
-            Problem(shown, f"{len(files)} file{'s' * (len(files) > 1)} not read: {why}", "", "not needed")
+            Problem(shown, f"{len(files)} file{'s' * (len(files) > 1)} not read: {why}", "", level)
         )
     problems += more
     if not sources and not problems:
@@ -661,11 +667,18 @@ def discover(
         )
     return Discovery(sorted(sources, key=lambda s: s.key), problems)
 
-# %% ../nbs/01c_ingest.ipynb #b623e956
+
+_ABSENT = "links to content that is not here (datalad get?)"
+_DAMAGED = (_ABSENT, "not a readable NIfTI file")
+
+# %% ../nbs/01c_ingest.ipynb #9e9d92bf
 def _sort_files(files: list[Path], root: Path, is_folder: bool) -> tuple[list[_Found], dict[str, list[str]]]:
     "Files that may be recordings, and the others by the reason why not."
     found, other = [], {}
     for file in files:
+        if not file.exists():
+            other.setdefault(_ABSENT, []).append(file.relative_to(root).as_posix())
+            continue
         item = next(
             filter(None, (scheme(file) for scheme in (_as_hcp, _as_ukb, _as_openfmri, _as_bids))), None
         )
@@ -683,7 +696,7 @@ def _sort_files(files: list[Path], root: Path, is_folder: bool) -> tuple[list[_F
         found = [item for item in found if item.scheme != "file"]
     return found, other
 
-
+# %% ../nbs/01c_ingest.ipynb #04bc07d2
 def _files_below(path: Path, pattern: str | None) -> list[Path]:
     if path.is_file():
         partner = [
@@ -692,7 +705,7 @@ def _files_below(path: Path, pattern: str | None) -> list[Path]:
             if _without_side(p.name) == _without_side(path.name) and p != path
         ]
         return [path, *(partner if _kind(path.name) == "surface" and hemisphere_of(path.name) else [])]
-    inside = [p for p in sorted(path.rglob("*")) if p.is_file() and _kind(p.name)]
+    inside = [p for p in sorted(path.rglob("*")) if (p.is_file() or p.is_symlink()) and _kind(p.name)]
     inside = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     if pattern:
         inside = [
@@ -700,7 +713,7 @@ def _files_below(path: Path, pattern: str | None) -> list[Path]:
         ]
     return inside
 
-# %% ../nbs/01c_ingest.ipynb #40e5ffd2
+
 def _named_directly(path: Path, root: Path) -> _Found | str:
     "A file that the user pointed at: its name may be anything."
     if not (kind := _kind(path.name)):
@@ -844,7 +857,7 @@ def _series_shape(shape: tuple[int, ...], head: _Header):
         head.note("axes", "4: x, y, z, time", f"shape {shape}: {what}", "not BOLD", "refuse")
     return shape
 
-# %% ../nbs/01c_ingest.ipynb #db3e28d0
+# %% ../nbs/01c_ingest.ipynb #73ef10ae
 def _volume_header(path: Path) -> _Header:
     import nibabel as nib
 
@@ -853,36 +866,44 @@ def _volume_header(path: Path) -> _Header:
     head.shape = _series_shape(image.shape, head)
     head.frames = head.shape[3] if len(head.shape) > 3 else 1
     header = image.header
-    if not isinstance(header, nib.Nifti1Header):  # MGH: TR in milliseconds
-        head.tr = float(header.get("tr", 0)) / 1000 if "tr" in header else None
+    if not isinstance(header, nib.Nifti1Header):
+        if isinstance(image, nib.MGHImage):  # TR in milliseconds
+            head.tr = float(header["tr"]) / 1000 if "tr" in header else None
+        else:
+            head.note(
+                "orientation",
+                "a format with coordinates",
+                type(image).__name__,
+                "left and right cannot be known",
+                "refuse",
+            )
         return head
+    _read_units(head, header)
+    _read_coordinates(head, header)
+    stored = image.dataobj
+    slope, inter = float(getattr(stored, "slope", 1) or 1), float(getattr(stored, "inter", 0) or 0)
+    if (slope, inter) != (1.0, 0.0):
+        found = f"{image.get_data_dtype()} with slope {slope:g}, intercept {inter:g}"
+        head.note("scale", "stored numbers are values", found, "applied")
+    if header.get_intent()[0] == "label":
+        head.note("intent", "BOLD values", "the header says 'label'", "not BOLD", "refuse")
+    return head
+
+# %% ../nbs/01c_ingest.ipynb #26ec87e5
+def _read_units(head: _Header, header):
+    "Millimetres and seconds, whatever the header counts in."
     length, time = header.get_xyzt_units()
     if length not in ("mm", "unknown"):
         head.affine[:3] *= _MILLIMETRES[length]
         head.note("length unit", "mm", length, f"coordinates multiplied by {_MILLIMETRES[length]:g}")
     if len(header.get_zooms()) > 3:
-        head.tr = float(np.float32(header.get_zooms()[3])) * _SECONDS.get(time, 1.0)
-        head.tr = float(f"{head.tr:.6g}")
-        if time not in ("sec",):
+        head.tr = float(f"{float(header.get_zooms()[3]) * _SECONDS.get(time, 1.0):.6g}")
+        if time != "sec":
             head.note(
                 "time unit", "sec", time, "taken as seconds" if time == "unknown" else f"TR is {head.tr:g} s"
             )
-    _read_coordinates(head, header)
-    slope, inter = header.get_slope_inter() if header["datatype"] else (None, None)
-    stored = image.dataobj
-    slope, inter = float(getattr(stored, "slope", 1) or 1), float(getattr(stored, "inter", 0) or 0)
-    if (slope, inter) != (1.0, 0.0):
-        head.note(
-            "scale",
-            "stored numbers are values",
-            f"{image.get_data_dtype()} with slope {slope:g}, intercept {inter:g}",
-            "applied",
-        )
-    if header.get_intent()[0] == "label":
-        head.note("intent", "BOLD values", "the header says 'label'", "not BOLD", "refuse")
-    return head
 
-# %% ../nbs/01c_ingest.ipynb #77d820ab
+
 def _read_coordinates(head: _Header, header):
     "Do the coordinates mean anything, and whose are they?"
     sform, qform = int(header["sform_code"]), int(header["qform_code"])

@@ -247,6 +247,35 @@ def test_plain_arrays(tmp_path):
     assert "1000 columns" in examine(wrong).reasons[0]
 
 
+def test_names_with_spaces_and_accents_and_hemispheres_in_front(tmp_path):
+    folder = tmp_path / "Zoë Müller 研究"
+    folder.mkdir()
+    np.save(folder / "été 1.npy", noise((100, 400)))
+    for side in ("lh", "rh"):
+        for run in "12":
+            values = noise((10242, 1, 1, 50), int(run) + ord(side[0]))
+            nib.save(nib.MGHImage(values, np.eye(4)), folder / f"{side}.run{run}.mgz")
+    sources = discover(tmp_path).sources
+    assert [s.key for s in sources] == [f"sub-Zoë Müller 研究-{name}" for name in ("run1", "run2", "été 1")]
+    run, _ = load(sources[1], "surface", IngestOptions(source_tr=2.0))
+    np.testing.assert_array_equal(run.bold[:, 10242:], noise((10242, 1, 1, 50), 2 + ord("r"))[:, 0, 0].T)
+
+
+def test_what_is_not_here_or_not_readable_is_a_problem(tmp_path):
+    (tmp_path / "annexed.nii.gz").symlink_to(tmp_path / "nowhere" / "MD5E-s1.nii.gz")
+    (tmp_path / "empty.nii").write_bytes(b"")
+    problems = discover(tmp_path).problems
+    assert [p.level for p in problems] == ["refuse", "refuse"]
+    assert "datalad" in problems[0].what and "empty.nii" in problems[1].where
+    with pytest.raises(FileNotFoundError, match="nothing at"):
+        discover(tmp_path / "absent")
+
+
+def test_analyze_images_have_no_left(tmp_path):
+    nib.save(nib.AnalyzeImage(noise((6, 6, 6, 40)), np.eye(4)), tmp_path / "a_bold.img")
+    assert "cannot be known" in " ".join(examine(discover(tmp_path).sources[0]).reasons)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     parts=st.fixed_dictionaries(
