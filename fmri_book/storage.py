@@ -699,7 +699,7 @@ def finished_runs(folder: str | Path) -> dict[str, dict]:
     every = (_finished_run(folder, path) for path in sorted((folder / _SITE).glob("*.run.json")))
     return {facts["key"]: facts for facts in every if facts}
 
-# %% ../nbs/01b_storage.ipynb #a3cfe3bf
+# %% ../nbs/01b_storage.ipynb #fd186f6e
 def _settings(layout: Layout, dtype, scale: str, chunk_frames: int) -> dict:
     name = np.dtype(dtype).name
     if name not in ("float16", "float32") or scale not in ("none", "site") or chunk_frames < 1:
@@ -719,9 +719,14 @@ def _settings(layout: Layout, dtype, scale: str, chunk_frames: int) -> dict:
     }
 
 
+def _head(folder: Path) -> Path:
+    "Where a store says what its numbers are."
+    return (folder if (folder / MANIFEST).exists() else folder / _SITE) / "store.json"
+
+
 def _agree(folder: Path, settings: dict):
     "All writers of a store must mean the same thing; the first one writes down what that is."
-    path = folder / _SITE / "store.json"
+    path = _head(folder)
     if not path.exists():
         other = [name for name in _files(folder) if not Path(name).name.startswith(".tmp-")]
         if other and not path.exists():  # and nobody began in the meantime
@@ -737,7 +742,7 @@ def _agree(folder: Path, settings: dict):
             f"found a run with {', '.join(f'{k} {settings[k]}' for k in different)}"
         )
 
-# %% ../nbs/01b_storage.ipynb #38bcf72f
+# %% ../nbs/01b_storage.ipynb #b9e243e6
 def write_run(
     folder: str | Path,  # a store under construction; made if it is not there
     record: Record,
@@ -757,11 +762,11 @@ def write_run(
         )
     _check_numbers(record.key, record.values, np.dtype("float32") if scale == "site" else dtype)
     _complete(folder)
+    _agree(folder, settings)
     if (folder / MANIFEST).exists():
         return _compare(
             folder, _packed_facts(record, layout, settings), finished_runs(folder).get(record.key)
         )
-    _agree(folder, settings)
     if known := _finished_run(folder, sidecar := _sidecar(folder, record.key)):
         return _compare(folder, _packed_facts(record, layout, settings), known)
     if sidecar.exists():
@@ -885,7 +890,7 @@ def _clear(folder: Path, runs: list[dict], extra: set[str]):
     if missing := extra - set(_files(folder)):
         raise FileNotFoundError(f"{folder}: expected the extra files {sorted(missing)}, found none")
 
-# %% ../nbs/01b_storage.ipynb #0bac4850
+# %% ../nbs/01b_storage.ipynb #de4f5b8e
 def finish_store(
     folder: str | Path,  # a store under construction
     layout: Layout,
@@ -899,15 +904,15 @@ def finish_store(
     runs = finished_runs(folder)
     expected = sorted(runs) if expected is None else list(expected)
     _check_complete(folder, runs, expected)
-    if (folder / MANIFEST).exists():
-        return Store(folder)
-    runs = [runs[key] for key in expected]
-    begun = json.loads((folder / _SITE / "store.json").read_text())
+    begun = json.loads(_head(folder).read_text())
     if begun["layout"] != layout.digest:
         raise ValueError(
             f"{folder}: expected layout {begun['layout']} ({begun['n_sites']} sites on {begun['space']}), "
             f"found {layout.digest} ({layout.n_sites} sites on {layout.space})"
         )
+    if (folder / MANIFEST).exists():
+        return Store(folder)
+    runs = [runs[key] for key in expected]
     _clear(folder, runs, set(map(str, extra_files)))
     head = begun | {
         "body": _BODY,

@@ -74,13 +74,14 @@ def tree(folder) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
+def in_memory():
+    "A temporary folder where forcing files to the disk costs nothing, for tests that do it thousands of times."
+    return tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+
+
 @pytest.fixture
-def memory_disk(tmp_path):
-    "A folder where forcing files to the disk costs nothing, for tests that do it thousands of times."
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+def memory_disk():
+    with in_memory() as folder:
         yield Path(folder)
 
 
@@ -179,22 +180,27 @@ def test_a_space_of_ones_own_travels_with_the_store(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_bit_for_bit(data, tmp_path_factory):
+def test_bit_for_bit(data):
     "Any mask, patch, length, chunk and finite numbers (subnormal and minus zero, too) come back as they were."
     mask, dtype = data.draw(masks), data.draw(st.sampled_from([np.float16, np.float32]))
     patch = data.draw(st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4)))
     frames, chunk = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
     numbers = npst.from_dtype(np.dtype(dtype), allow_nan=False, allow_infinity=False)
     values = data.draw(npst.arrays(dtype, (frames, int(mask.sum())), elements=numbers))
-    layout, folder = Layout.flat(mask, patch=patch), tmp_path_factory.mktemp("store")
-    store = write(Source(layout, [Record(values, 1.0, "01")]), folder / "s", chunk_frames=chunk)
-    assert store.record(0).values.tobytes() == values.tobytes() and store.dtype == dtype
-    assert (folder / "s" / store.index["file"][0]).read_bytes() == values[:, layout.order].tobytes()
+    layout = Layout.flat(mask, patch=patch)
     start = data.draw(st.integers(0, frames - 1))
     n = data.draw(st.integers(1, frames - start))
+    with in_memory() as folder:
+        check_bits(Path(folder) / "s", layout, values, chunk, start, n)
+
+
+def check_bits(folder, layout, values, chunk, start, n):
+    store = write(Source(layout, [Record(values, 1.0, "01")]), folder, chunk_frames=chunk)
+    assert store.record(0).values.tobytes() == values.tobytes() and store.dtype == values.dtype
+    assert (folder / store.index["file"][0]).read_bytes() == values[:, layout.order].tobytes()
     clip = store.read(0, start, n)
     assert clip.tobytes() == store.map(0)[start : start + n].tobytes() == values[start : start + n, layout.order].tobytes()
-    assert verify(folder / "s").ok
+    assert verify(folder).ok
 
 
 @pytest.mark.parametrize("patch", [None, (2, 2)])
@@ -350,6 +356,10 @@ def test_each_recording_once(tmp_path):
     for other in (replace(record, tr=2.0), replace(record, subject="another")):
         with pytest.raises(ValueError, match="finished one without|expected each recording once"):
             write_run(tmp_path, other, LAYOUT)
+    other = MASK[::-1].copy()  # as many pixels, the same numbers, another meaning
+    for refused in (lambda: write_run(tmp_path, record, Layout.flat(other)), lambda: finish_store(tmp_path, Layout.flat(other))):
+        with pytest.raises(ValueError, match=rf"{LAYOUT.digest}.*found.* {Layout.flat(other).digest}"):
+            refused()
     assert verify(tmp_path).ok
 
 
@@ -496,19 +506,19 @@ def test_a_kill_at_every_step_loses_nothing(memory_disk):
     assert step > 60  # it really went through many
 
 
-def test_kills_at_random_moments(tmp_path):
+def test_kills_at_random_moments(memory_disk):
     script = """
 import sys
 from fmri_book.storage import Store, write_store
 print("ready", flush=True)
 write_store(Store(sys.argv[1]), sys.argv[2], patch=(2, 2), progress=False)
 """
-    write(some_source(n=40), tmp_path / "source")
-    write(Store(tmp_path / "source"), tmp_path / "whole", patch=(2, 2))
+    write(some_source(n=40), memory_disk / "source")
+    write(Store(memory_disk / "source"), memory_disk / "whole", patch=(2, 2))
     rng, survived = np.random.default_rng(0), 0
     for attempt in range(5):
-        folder = tmp_path / f"killed{attempt}"
-        job = subprocess.Popen([sys.executable, "-c", script, tmp_path / "source", folder], stdout=subprocess.PIPE)
+        folder = memory_disk / f"killed{attempt}"
+        job = subprocess.Popen([sys.executable, "-c", script, memory_disk / "source", folder], stdout=subprocess.PIPE)
         job.stdout.readline()
         try:
             job.wait(rng.uniform(0.01, 0.3))
@@ -517,8 +527,8 @@ write_store(Store(sys.argv[1]), sys.argv[2], patch=(2, 2), progress=False)
         survived += job.wait() == 0
         job.stdout.close()
         assert verify(folder).ok == (folder / "MANIFEST.json").exists()
-        write(Store(tmp_path / "source"), folder, patch=(2, 2))
-        assert tree(folder) == tree(tmp_path / "whole")
+        write(Store(memory_disk / "source"), folder, patch=(2, 2))
+        assert tree(folder) == tree(memory_disk / "whole")
     assert survived < 5
 
 
