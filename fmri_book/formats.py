@@ -74,7 +74,7 @@ def _local(path: str) -> list[str]:
         raise FileNotFoundError(f"expected tar shards at {path}, found none")
     return found
 
-# %% ../nbs/01d_formats.ipynb #cacd5d60
+# %% ../nbs/01d_formats.ipynb #18ed3124
 def expand_urls(
     urls: str
     | Path
@@ -117,7 +117,7 @@ class _Stream:
             self.at_end(self.count)
         return data
 
-# %% ../nbs/01d_formats.ipynb #4fed45f3
+# %% ../nbs/01d_formats.ipynb #a25f42c0
 @contextmanager
 def _http(url: str):
     from urllib.error import HTTPError, URLError
@@ -140,7 +140,7 @@ def _http(url: str):
     with answer:
         yield _Stream(answer, at_end)
 
-# %% ../nbs/01d_formats.ipynb #43644bc0
+# %% ../nbs/01d_formats.ipynb #c2ba4e4e
 @contextmanager
 def _pipe(command: str):
     with tempfile.TemporaryFile() as said:
@@ -163,7 +163,7 @@ def _pipe(command: str):
                 os.killpg(process.pid, signal.SIGTERM)
             process.wait()
 
-# %% ../nbs/01d_formats.ipynb #1f415627
+# %% ../nbs/01d_formats.ipynb #0cd9382a
 @contextmanager
 def _remote(url: str):
     try:
@@ -199,7 +199,7 @@ def open_url(url: str) -> Iterator[_Stream]:
     with opened as stream:
         yield stream
 
-# %% ../nbs/01d_formats.ipynb #c5610216
+# %% ../nbs/01d_formats.ipynb #1e787d4d
 class Tar:
     "The members of an uncompressed tar, front to back: name and size; `take` reads from the current one. Anything odd is an error."
 
@@ -249,7 +249,7 @@ def __iter__(self: Tar) -> Iterator[tuple[str, int]]:
         self.member = ""
     self._only_zeros_follow()
 
-# %% ../nbs/01d_formats.ipynb #a5e045b0
+# %% ../nbs/01d_formats.ipynb #aa7ec22b
 @patch
 def _label(self: Tar, block: bytes) -> tarfile.TarInfo:
     try:
@@ -279,7 +279,7 @@ def _pax(payload: bytes) -> dict[str, str]:
         payload = payload[length:]
     return out
 
-# %% ../nbs/01d_formats.ipynb #b5f771d7
+# %% ../nbs/01d_formats.ipynb #6134a313
 def pack_mask(mask: np.ndarray) -> bytes:  # (height, width) bool
     "A mask as `scipy.sparse` saves it: row, col, data, shape and format."
     row, col = np.nonzero(mask)
@@ -288,7 +288,7 @@ def pack_mask(mask: np.ndarray) -> bytes:  # (height, width) bool
     np.savez_compressed(buffer, format=np.array(b"coo"), data=np.ones(len(row), bool), **parts)
     return buffer.getvalue()
 
-
+# %% ../nbs/01d_formats.ipynb #86b3c914
 _NPZ_ERRORS = (
     ValueError,
     KeyError,
@@ -300,7 +300,7 @@ _NPZ_ERRORS = (
     zipfile.BadZipFile,
 )
 
-# %% ../nbs/01d_formats.ipynb #ba5e5f9c
+# %% ../nbs/01d_formats.ipynb #b7468ca0
 def unpack_mask(packed: bytes, where: str) -> np.ndarray:  # (height, width) bool
     "The mask from its sparse file, with or without the entry 'format'; anything that is not a mask is an error."
     try:
@@ -333,7 +333,7 @@ def unpack_mask(packed: bytes, where: str) -> np.ndarray:  # (height, width) boo
         )
     return mask
 
-# %% ../nbs/01d_formats.ipynb #3fac5990
+# %% ../nbs/01d_formats.ipynb #7a014785
 class NpyHeader(NamedTuple):
     "What the first bytes of an .npy file say."
 
@@ -370,7 +370,7 @@ def _check_bold(header: NpyHeader, size: int, mask: np.ndarray, where: str):
             f"{where}: expected {expected} bytes for {header.shape} {header.dtype}, found {size}"
         )
 
-# %% ../nbs/01d_formats.ipynb #c4406a56
+# %% ../nbs/01d_formats.ipynb #14cf260b
 def _finite(values: np.ndarray, block: int = 64) -> bool:
     "Whether all values are finite, a few frames at a time."
     if (
@@ -404,7 +404,7 @@ def _unpack_json(packed: bytes, kind: type, where: str):
         raise DamagedFile(f"{where}: expected a {kind.__name__}, found a {type(value).__name__}")
     return value
 
-# %% ../nbs/01d_formats.ipynb #c7773a15
+# %% ../nbs/01d_formats.ipynb #fa663ee5
 def _check_frames(meta: dict, found: int, where: str):
     if meta.get("n_frames", found) != found:
         raise DamagedFile(
@@ -427,7 +427,7 @@ def _decode(key: str, parts: dict[str, bytes], where: str) -> dict:
     _check_frames(meta, len(bold), at)
     return {"key": key, "meta": meta, "events": events, "bold": bold, "mask": mask}
 
-# %% ../nbs/01d_formats.ipynb #28c66860
+# %% ../nbs/01d_formats.ipynb #ac6497d7
 MEMBERS = ("meta.json", "events.json", "bold.npy", "mask.npz")
 
 
@@ -465,7 +465,7 @@ def iter_shard(
             "the rest of the shard is",
         )
 
-# %% ../nbs/01d_formats.ipynb #419dad73
+# %% ../nbs/01d_formats.ipynb #bb07c299
 def _grouped(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     "Members that share a name up to the first dot."
     with open_url(url) as stream:
@@ -489,7 +489,7 @@ def _grouped(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
             yield key, parts
         stream.read(1 << 20)  # the last word of a transfer or a command
 
-# %% ../nbs/01d_formats.ipynb #a14079b1
+# %% ../nbs/01d_formats.ipynb #25f2eb99
 def _plain(value):
     if isinstance(value, np.generic):
         return value.item()
@@ -523,7 +523,7 @@ def events_from_list(rows: list[dict] | None, where: str = "events") -> pd.DataF
         )
     return table
 
-# %% ../nbs/01d_formats.ipynb #f2213a69
+# %% ../nbs/01d_formats.ipynb #0845b24c
 PUBLISHED_META = {"sub", "mod", "task", "mag", "dir", "n_frames"}
 PUBLISHED_MASK = ((224, 560), 77763)  # shape and pixels of the published flat map
 
@@ -561,7 +561,7 @@ def _meta_to_record(sample: dict, values, tr: float | None, where: str) -> Recor
         values, _need_tr(known, tr, where), **{k: str(v) for k, v in who.items()}, events=events, meta=extra
     )
 
-# %% ../nbs/01d_formats.ipynb #718c9542
+# %% ../nbs/01d_formats.ipynb #f67d2635
 def _record_to_meta(record: Record, layout: Layout) -> dict:
     extra = dict(record.meta)
     meta = {"sub": record.subject, "mod": extra.pop("mod", ""), "task": record.task}
@@ -591,7 +591,7 @@ def _image_mask(layout: Layout) -> np.ndarray:
     "The image that a frame is: the flat map's mask, or one column of pixels for parcels, vertices and voxels."
     return layout.mask if layout.space == "flat" else np.ones((layout.n_sites, 1), bool)
 
-# %% ../nbs/01d_formats.ipynb #e263d740
+# %% ../nbs/01d_formats.ipynb #d10698bd
 def _layout_of_sample(sample: dict, sidecar: Layout | None, where: str) -> Layout:
     described, mask = sample["meta"].get("layout", {}), sample["mask"]
     space = described.get("space", "flat")
@@ -607,7 +607,7 @@ def _layout_of_sample(sample: dict, sidecar: Layout | None, where: str) -> Layou
         )
     return layout
 
-# %% ../nbs/01d_formats.ipynb #ba46d8e3
+# %% ../nbs/01d_formats.ipynb #1739c0ed
 LAYOUT_FILE = "layout.npz"
 
 
@@ -620,7 +620,7 @@ def _sidecar(urls: list[str]) -> Layout | None:
         else None
     )
 
-# %% ../nbs/01d_formats.ipynb #e83812aa
+# %% ../nbs/01d_formats.ipynb #103c9112
 class Shards:
     "Recordings in WebDataset shards, near or far, as records."
 
@@ -646,7 +646,7 @@ class Shards:
             f"expected at least one sample, found none in {len(self.urls)} shards from {self.urls[0]}"
         )
 
-# %% ../nbs/01d_formats.ipynb #4158f2db
+# %% ../nbs/01d_formats.ipynb #21d9be3d
 @patch
 def __iter__(self: Shards) -> Iterator[Record]:  # noqa: F811
     self.problems.clear()
@@ -661,7 +661,7 @@ def __iter__(self: Shards) -> Iterator[Record]:  # noqa: F811
             f"{len(self.problems)} skipped, {n} read from {len(self.urls)} shards:\n{listed}", stacklevel=2
         )
 
-# %% ../nbs/01d_formats.ipynb #b29096c0
+# %% ../nbs/01d_formats.ipynb #28babb82
 @patch
 def _record(self: Shards, sample: dict, where: str, seen: dict[str, str]) -> Record:
     mask, values = _image_mask(self.layout), sample["bold"]
@@ -690,7 +690,7 @@ def __len__(self: Shards) -> int:
                 self._n += sum(name.endswith(".bold.npy") for name, _ in Tar(stream, url))
     return self._n
 
-# %% ../nbs/01d_formats.ipynb #c521db05
+# %% ../nbs/01d_formats.ipynb #bcf288bb
 def write_shards(
     source,  # anything with .layout that yields records
     folder: str | Path,
@@ -718,7 +718,7 @@ def write_shards(
         shard += 1
     return notes.written(folder)
 
-# %% ../nbs/01d_formats.ipynb #58d8d641
+# %% ../nbs/01d_formats.ipynb #6f12e4a0
 def _add_sample(tar: tarfile.TarFile, key: str, record: Record, layout: Layout, image: bytes):
     values = np.ascontiguousarray(record.values)
     head = io.BytesIO()
@@ -757,7 +757,7 @@ class Written:
     frames: int
     notes: tuple[str, ...]
 
-# %% ../nbs/01d_formats.ipynb #a570815a
+# %% ../nbs/01d_formats.ipynb #f63a43e7
 class Notes:
     "What is lost on the way into a format, counted over all runs."
 
@@ -792,7 +792,7 @@ def cast(self: Notes, record: Record, dtype=None) -> Record:
         self.worst = max(self.worst, *(float(np.abs(a - b).max()) for a, b in zip(old, new)))
     return replace(record, values=new)
 
-# %% ../nbs/01d_formats.ipynb #51c83df2
+# %% ../nbs/01d_formats.ipynb #5626c637
 @patch
 def written(self: Notes, path: Path) -> Written:
     "The report of a finished writer."
@@ -802,7 +802,7 @@ def written(self: Notes, path: Path) -> Written:
         self.say(f"values of {self.rounded} runs were rounded to a shorter type, by at most {self.worst:.3g}")
     return Written(Path(path), self.format, self.runs, self.frames, tuple(self.kept))
 
-# %% ../nbs/01d_formats.ipynb #1b0b42cb
+# %% ../nbs/01d_formats.ipynb #c0d67c39
 class ShardIndex:
     "Where every run lies inside local tar shards: any clip by its own bytes, without converting and without reading the rest."
 
@@ -842,7 +842,7 @@ class ShardIndex:
             raise ValueError(f"expected one TR, found {sorted(map(float, self.index.tr.unique()))} s")
         return float(self.index.tr.iloc[0])
 
-# %% ../nbs/01d_formats.ipynb #7565eb41
+# %% ../nbs/01d_formats.ipynb #92034c3f
 @patch
 def _scan(self: ShardIndex, number: int, path: str) -> list[dict]:
     rows, parts, key = [], {}, None
@@ -878,7 +878,7 @@ def _check_mask(self: ShardIndex, packed: bytes, where: str):
             raise DamagedFile(f"{where}: expected the mask of the first sample, found another")
         self._packed, self.mask = packed, mask
 
-# %% ../nbs/01d_formats.ipynb #eee5feb8
+# %% ../nbs/01d_formats.ipynb #0b335514
 @patch
 def _add(self: ShardIndex, number: int, path: str, key: str, parts: dict) -> dict:
     where = f"{path}, sample {key}"
@@ -915,7 +915,7 @@ def _add(self: ShardIndex, number: int, path: str, key: str, parts: dict) -> dic
         "sample": key,
     }
 
-# %% ../nbs/01d_formats.ipynb #57cd2215
+# %% ../nbs/01d_formats.ipynb #c6334755
 @patch
 def read(
     self: ShardIndex,
@@ -952,14 +952,14 @@ def _file(self: ShardIndex, number: int) -> int:
         self._fd[key] = os.open(self.paths[number], os.O_RDONLY)
     return self._fd[key]
 
-# %% ../nbs/01d_formats.ipynb #932882ab
+# %% ../nbs/01d_formats.ipynb #6681e5d4
 @patch
 def __del__(self: ShardIndex):
     for (pid, _), fd in self.__dict__.get("_fd", {}).items():
         if pid == os.getpid():
             os.close(fd)
 
-# %% ../nbs/01d_formats.ipynb #ad7ac06c
+# %% ../nbs/01d_formats.ipynb #51cc09bf
 @patch
 def frames(self: ShardIndex, i: int) -> int:
     "Number of frames of a run."
@@ -991,7 +991,7 @@ def frame_stats(self: ShardIndex, i: int, block: int = 64) -> tuple[np.ndarray, 
         self._stats[i] = mean.astype(np.float32), sd.astype(np.float32)
     return self._stats[i]
 
-# %% ../nbs/01d_formats.ipynb #b107c897
+# %% ../nbs/01d_formats.ipynb #49ea1fa3
 @patch
 def record(self: ShardIndex, i: int) -> Record:
     "The whole run."
@@ -1008,7 +1008,7 @@ def record(self: ShardIndex, i: int) -> Record:
 def __iter__(self: ShardIndex) -> Iterator[Record]:  # noqa: F811
     return map(self.record, range(len(self)))
 
-# %% ../nbs/01d_formats.ipynb #e163f999
+# %% ../nbs/01d_formats.ipynb #8ac061ed
 RECORDING, RAW_RECORDING = "Voxelwise_RobustScaler_Normalized_Recording", "Raw_Recording"
 
 
@@ -1032,7 +1032,7 @@ def _need_sites(layout: Layout, kinds: tuple[str, ...], format: str) -> Space:
         )
     return layout.sites
 
-# %% ../nbs/01d_formats.ipynb #52457187
+# %% ../nbs/01d_formats.ipynb #9a362625
 def _nested(values: np.ndarray):  # (time, sites)
     "One cell of the table: a list of frames."
     import pyarrow as pa
@@ -1056,7 +1056,7 @@ def _phenotype_type(value):
         else pa.string()
     )
 
-# %% ../nbs/01d_formats.ipynb #13371c1f
+# %% ../nbs/01d_formats.ipynb #03d48926
 class _Table:
     "A `datasets` folder under construction: rows go to disk one by one, state.json comes last."
 
@@ -1088,7 +1088,7 @@ class _Table:
             self.writer.close()
             self.sink.close()
 
-# %% ../nbs/01d_formats.ipynb #e02a7a20
+# %% ../nbs/01d_formats.ipynb #8c874dbd
 @patch
 def finish(self: _Table):
     "The files that make the folder one that `datasets` loads; state.json comes last."
@@ -1108,10 +1108,10 @@ def finish(self: _Table):
     with atomic_path(self.folder / "state.json") as path:
         path.write_text(_json(state))
 
-# %% ../nbs/01d_formats.ipynb #08c1a5f5
+# %% ../nbs/01d_formats.ipynb #08028b8a
 _OURS = ("subject", "session", "task", "run", "tr", "events", "meta")
 
-# %% ../nbs/01d_formats.ipynb #42181862
+# %% ../nbs/01d_formats.ipynb #8559a3ca
 def write_arrow(
     source,
     folder: str | Path,
@@ -1151,7 +1151,7 @@ def write_arrow(
     notes.say(f"values are in the column {column}")
     return notes.written(folder)
 
-# %% ../nbs/01d_formats.ipynb #9989a0e0
+# %% ../nbs/01d_formats.ipynb #9e63e0a3
 def _arrow_row(record: Record, column: str, transform, known: dict) -> dict:
     row = {column: _nested(record.values)}
     if transform is not None:
@@ -1179,7 +1179,7 @@ def _arrow_facts(record: Record) -> dict:
         "meta": pa.array([_json(record.meta)]),
     }
 
-# %% ../nbs/01d_formats.ipynb #b4b254b7
+# %% ../nbs/01d_formats.ipynb #4ec8eac9
 def _arrow_phenotypes(record: Record, known: dict, taken: set[str]) -> dict:
     import pyarrow as pa
 
@@ -1193,7 +1193,7 @@ def _arrow_phenotypes(record: Record, known: dict, taken: set[str]) -> dict:
             f"{record.key}: expected phenotypes of the same types as in the first run, found {error}"
         ) from None
 
-# %% ../nbs/01d_formats.ipynb #a4d620c6
+# %% ../nbs/01d_formats.ipynb #4509a1ee
 class ArrowRuns:
     "Recordings in a `datasets` folder such as BrainLM's, as records."
 
@@ -1229,7 +1229,7 @@ class ArrowRuns:
             told and _layout_given(told), _arrow_coords(self.root), n, str(self.folder)
         )
 
-# %% ../nbs/01d_formats.ipynb #f76c4ec5
+# %% ../nbs/01d_formats.ipynb #11fafd34
 @patch
 def __iter__(self: ArrowRuns) -> Iterator[Record]:  # noqa: F811
     seen = set()
@@ -1263,7 +1263,7 @@ def _arrow_batches(table: Path) -> Iterator:
         except (pa.ArrowInvalid, OSError) as error:
             raise DamagedFile(f"{path}: expected a whole Arrow stream, found {error}") from None
 
-# %% ../nbs/01d_formats.ipynb #cf4b1a00
+# %% ../nbs/01d_formats.ipynb #58652bee
 def _arrow_rows(table: Path) -> Iterator[dict]:
     for batch in _arrow_batches(table):
         for i in range(batch.num_rows):
@@ -1300,7 +1300,7 @@ def _layout_from_coords(layout: Layout | None, coords: np.ndarray | None, n: int
         )
     return layout
 
-# %% ../nbs/01d_formats.ipynb #7d78e70b
+# %% ../nbs/01d_formats.ipynb #ed02c08a
 def _space_of_coords(coords: np.ndarray) -> Space:
     import hashlib
 
@@ -1309,7 +1309,7 @@ def _space_of_coords(coords: np.ndarray) -> Space:
     nothing, inside = np.full(len(coords), ""), np.ones(len(coords), bool)
     return Space(name, "parcels", coords, side, nothing, inside, "native").register()
 
-# %% ../nbs/01d_formats.ipynb #cfd620b6
+# %% ../nbs/01d_formats.ipynb #120a423c
 _ID_COLUMNS = ("subject", "subject_id", "eid", "Patient ID", "Filename")
 
 
@@ -1341,7 +1341,7 @@ def _values(self: ArrowRuns, table: Path, n: int, row: dict) -> np.ndarray:
     values = flat.to_numpy(zero_copy_only=False).reshape(len(lengths), -1)
     return values if values.dtype in (np.float16, np.float32) else values.astype(np.float32)
 
-# %% ../nbs/01d_formats.ipynb #d412a2ec
+# %% ../nbs/01d_formats.ipynb #d675da2f
 @patch
 def _record(self: ArrowRuns, table: Path, n: int, row: dict) -> Record:
     import pyarrow as pa
@@ -1367,7 +1367,7 @@ def _record(self: ArrowRuns, table: Path, n: int, row: dict) -> Record:
         values, tr, Path(name).stem if "subject" not in facts else name, **who, events=rows, meta=meta
     )
 
-# %% ../nbs/01d_formats.ipynb #48d06ff6
+# %% ../nbs/01d_formats.ipynb #642da3ad
 _LISTS = ("subjects", "sessions", "file_ids", "file_paths", "dataset_names")
 _EXTRA = ("task", "run", "dtype", "events", "meta")
 
@@ -1377,7 +1377,7 @@ def _h5_file(path: str | Path) -> Path:
     path = Path(path)
     return path if path.suffix in (".h5", ".hdf5") else path / "data_resampled.h5"
 
-# %% ../nbs/01d_formats.ipynb #94128e0f
+# %% ../nbs/01d_formats.ipynb #ce91e9e5
 def write_hdf5(
     source,
     path: str | Path,  # an .h5 file, or the folder of data_resampled.h5
@@ -1416,7 +1416,7 @@ def write_hdf5(
     )
     return notes.written(path)
 
-# %% ../nbs/01d_formats.ipynb #4ab39f16
+# %% ../nbs/01d_formats.ipynb #eca6846f
 def _h5_begin(file, layout: Layout, path: Path) -> dict[str, int]:
     "The groups, and the recordings that are there already."
     import h5py
@@ -1442,7 +1442,7 @@ def _h5_begin(file, layout: Layout, path: Path) -> dict[str, int]:
         del file[f"time_series/{name}"]  # a writer died before it counted this one
     return {key: i for i, key in enumerate(file["metadata/file_ids"].asstr()[:next_index])}
 
-# %% ../nbs/01d_formats.ipynb #c5216b63
+# %% ../nbs/01d_formats.ipynb #f8d94be5
 def _h5_append(file, record: Record, dtype: str, known: dict[str, int]):
     values, n = np.ascontiguousarray(record.values.T), int(file.attrs["next_index"])
     if record.key in known:
@@ -1477,7 +1477,7 @@ def _h5_append(file, record: Record, dtype: str, known: dict[str, int]):
     file.flush()
     known[record.key] = n
 
-# %% ../nbs/01d_formats.ipynb #6058c3b1
+# %% ../nbs/01d_formats.ipynb #9afd5291
 class HDF5Runs:
     "Recordings in an HDF5 file such as fMRI-LM's, as records, in the order of their numbers."
 
@@ -1506,7 +1506,7 @@ class HDF5Runs:
     def __iter__(self) -> Iterator[Record]:
         return map(self.record, range(len(self)))
 
-# %% ../nbs/01d_formats.ipynb #e7c10ab5
+# %% ../nbs/01d_formats.ipynb #20c8104d
 @patch
 @contextmanager
 def _open(self: HDF5Runs):
@@ -1521,7 +1521,7 @@ def _open(self: HDF5Runs):
     with file:
         yield file
 
-# %% ../nbs/01d_formats.ipynb #197f931a
+# %% ../nbs/01d_formats.ipynb #df14d176
 @patch
 def _which_parcels(self: HDF5Runs, space, told: str | None) -> Layout:
     sidecar, n = self.path.parent / LAYOUT_FILE, int(self.index.sites.iloc[0])
@@ -1537,7 +1537,7 @@ def _which_parcels(self: HDF5Runs, space, told: str | None) -> Layout:
         raise DamagedFile(f"{self.path}, {row.name}: expected {expected}, found {row.sites}")
     return layout
 
-# %% ../nbs/01d_formats.ipynb #3f7181fd
+# %% ../nbs/01d_formats.ipynb #19538ce2
 def _numbered(file, path: Path) -> list[str]:
     "Sample names in the order of their numbers, whether padded or not."
     if "time_series" not in file or not len(file["time_series"]):
@@ -1573,7 +1573,7 @@ def _numbered(file, path: Path) -> list[str]:
             )
     return names
 
-# %% ../nbs/01d_formats.ipynb #e44650e7
+# %% ../nbs/01d_formats.ipynb #dfa18bc1
 def _h5_text(file, where: str, i: int, default: str = "") -> str:
     value = file[where][i] if where in file else default
     return value.decode() if isinstance(value, bytes) else str(value)
@@ -1606,7 +1606,7 @@ def _facts(self: HDF5Runs, file, name: str, i: int) -> dict:
         }
     )
 
-# %% ../nbs/01d_formats.ipynb #c6e24d95
+# %% ../nbs/01d_formats.ipynb #14d5be5e
 @patch
 def record(self: HDF5Runs, i: int) -> Record:  # noqa: F811
     "A whole run."
@@ -1626,7 +1626,7 @@ def record(self: HDF5Runs, i: int) -> Record:  # noqa: F811
     who = {key: row[key] for key in ("subject", "session", "task", "run")}
     return Record(values.astype(dtype), float(row.tr), **who, events=events_from_list(events), meta=meta)
 
-# %% ../nbs/01d_formats.ipynb #850e51e9
+# %% ../nbs/01d_formats.ipynb #e573bcf8
 def normalization_params(
     runs: HDF5Runs,
     subjects: Iterable[str] | Literal["all"],  # the training subjects
@@ -1664,7 +1664,7 @@ def _write_people(runs: HDF5Runs, path: Path):
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
 
-# %% ../nbs/01d_formats.ipynb #1aeaca50
+# %% ../nbs/01d_formats.ipynb #71c9a76f
 class Joined(NamedTuple):
     "A table brought into the order of the recordings, and what found no partner on either side."
 
@@ -1682,7 +1682,7 @@ def _ids(table: pd.DataFrame, column: str, prefix: str) -> pd.Series:
         )
     return table[column].astype(str).str.removeprefix(prefix)
 
-# %% ../nbs/01d_formats.ipynb #e6561b67
+# %% ../nbs/01d_formats.ipynb #e4d11bc1
 def join_by_subject(
     table: pd.DataFrame,  # columns subject_id and, if people came more than once, session_id
     index: pd.DataFrame,  # columns subject and session: the .index of a source
@@ -1708,10 +1708,10 @@ def join_by_subject(
     unused = np.setdiff1d(np.arange(len(table)), found)
     return Joined(joined, table.iloc[unused], index[found < 0])
 
-# %% ../nbs/01d_formats.ipynb #c82a511c
+# %% ../nbs/01d_formats.ipynb #51eff4d3
 ID_NAMES = ("subject_id", "session_id", "eid", "subject", "session", "participant_id")
 
-# %% ../nbs/01d_formats.ipynb #be05b17d
+# %% ../nbs/01d_formats.ipynb #d7bae6ee
 def read_table(
     path: str | Path,  # .csv, .tsv or .parquet; .pkl only with allow_pickle
     *,
@@ -1748,7 +1748,7 @@ def read_table(
         table[column] = table[column].map(lambda v: "" if pd.isna(v) else str(v))
     return table
 
-# %% ../nbs/01d_formats.ipynb #1a37f638
+# %% ../nbs/01d_formats.ipynb #25a02dce
 VOLUME_FILE = "func_data_MNI_fp16.pt"
 _MNI_2MM = (
     (91, 109, 91),
@@ -1760,7 +1760,7 @@ def _flip_x(affine: np.ndarray, size: int) -> np.ndarray:
     "The affine of the same grid, counted from its other end along x."
     return affine @ np.array([[-1.0, 0, 0, size - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
-# %% ../nbs/01d_formats.ipynb #9fa6b6d4
+# %% ../nbs/01d_formats.ipynb #6fbefef1
 def write_volumes(
     source,
     folder: str | Path,
@@ -1801,7 +1801,7 @@ def write_volumes(
     )
     return notes.written(folder)
 
-# %% ../nbs/01d_formats.ipynb #a23b4a10
+# %% ../nbs/01d_formats.ipynb #80084e5b
 def _write_volume(into: Path, record: Record, sites: Space, axes: str, facts: dict):
     import torch
 
@@ -1829,7 +1829,7 @@ def _global_z(record: Record) -> tuple[Record, dict]:
         raise ValueError(f"{record.key}: expected values that differ, found {mean:g} everywhere")
     return replace(record, values=((values - mean) / sd).astype(np.float32)), {"mean": mean, "sd": sd}
 
-# %% ../nbs/01d_formats.ipynb #909ea9a9
+# %% ../nbs/01d_formats.ipynb #a59307b3
 def _say(into: Path, record: Record, facts: dict):
     "What the tensor cannot say."
     keep = {k: getattr(record, k) for k in ("subject", "session", "task", "run", "tr", "meta")}
@@ -1848,7 +1848,7 @@ def _say(into: Path, record: Record, facts: dict):
         with atomic_path(into / "events.csv") as path:
             record.events.to_csv(path, index=False)
 
-# %% ../nbs/01d_formats.ipynb #888764ea
+# %% ../nbs/01d_formats.ipynb #179894cf
 class VolumeRuns:
     "Recordings as BrainMT's volumes, as records of the voxels inside a mask."
 
@@ -1887,7 +1887,7 @@ class VolumeRuns:
             else Layout.of(_space_of_volumes(self))
         )
 
-# %% ../nbs/01d_formats.ipynb #09558c84
+# %% ../nbs/01d_formats.ipynb #f05b2a4f
 @patch
 def tensor(self: VolumeRuns, i: int) -> np.ndarray:  # (X, Y, Z, time) float16, a memory map
     "The tensor as it lies in the file; nothing is read before it is used."
@@ -1915,7 +1915,7 @@ def tensor(self: VolumeRuns, i: int) -> np.ndarray:  # (X, Y, Z, time) float16, 
         raise DamagedFile(f"{path}: expected one float16 tensor [X, Y, Z, time], found {found}")
     return tensor.numpy()
 
-# %% ../nbs/01d_formats.ipynb #9540e41d
+# %% ../nbs/01d_formats.ipynb #5c0040ae
 @patch
 def _said(self: VolumeRuns, i: int) -> dict:
     path = self.files[i].with_suffix(".json")
@@ -1949,7 +1949,7 @@ def _space_of_volumes(runs: VolumeRuns) -> Space:
     name = hashlib.blake2b(np.packbits(mask).tobytes() + affine.tobytes(), digest_size=4).hexdigest()
     return Space.from_mask(f"volume_{name}", mask, affine, runs._reference)
 
-# %% ../nbs/01d_formats.ipynb #1453a495
+# %% ../nbs/01d_formats.ipynb #50994cce
 @patch
 def _voxels(self: VolumeRuns, i: int, grid: np.ndarray) -> tuple[np.ndarray, ...]:
     sites = self.layout.sites
@@ -1986,7 +1986,7 @@ def record(self: VolumeRuns, i: int) -> Record:  # noqa: F811
         values, tr, said.get("subject") or self.files[i].parent.name, **who, events=events, meta=meta
     )
 
-# %% ../nbs/01d_formats.ipynb #e900b286
+# %% ../nbs/01d_formats.ipynb #7feea267
 def read_targets(
     path: str | Path,  # see `read_table`
     target: str,  # name of a column
@@ -2044,7 +2044,7 @@ def detect(path: str | Path) -> str | None:  # one of FORMATS
         return "h5"
     return "wds" if any(_is_tar(p) for p in path.glob("*.t*") if p.name.endswith(_TAR)) else None
 
-# %% ../nbs/01d_formats.ipynb #623158e3
+# %% ../nbs/01d_formats.ipynb #867af9dd
 def _is_tar(path: Path) -> bool:
     "Whether the file begins with a tar label."
     opens = gzip.open if path.name.endswith("gz") else open
@@ -2083,10 +2083,10 @@ def open_source(
         )
     return _readers()[format](path, **options)
 
-# %% ../nbs/01d_formats.ipynb #7e792e6f
+# %% ../nbs/01d_formats.ipynb #c638c603
 CONVERSION = "CONVERSION.json"
 
-# %% ../nbs/01d_formats.ipynb #899e8874
+# %% ../nbs/01d_formats.ipynb #2b674527
 def convert(
     src,  # a path or address, or any source
     dst: str | Path,  # a folder that does not exist yet
@@ -2124,7 +2124,7 @@ def convert(
         _swap(new, dst)
     return replace(written, path=dst)
 
-# %% ../nbs/01d_formats.ipynb #e03077e3
+# %% ../nbs/01d_formats.ipynb #43c7b23c
 def _skipped(source) -> list[str]:
     return [f"left out: {problem}" for problem in getattr(source, "problems", [])]
 
@@ -2157,7 +2157,7 @@ def _write(source, folder: Path, format: str, options: dict, facts: dict) -> Wri
     write_manifest(folder, format, runs=written.runs, frames=written.frames, layout=source.layout.digest)
     return written
 
-# %% ../nbs/01d_formats.ipynb #9f598635
+# %% ../nbs/01d_formats.ipynb #631c3440
 def _swap(new: Path, dst: Path):
     "The finished folder takes the place of the old one."
     old = dst.with_name(f".old-{os.urandom(4).hex()}-{dst.name}")
