@@ -308,9 +308,18 @@ def _as_openfmri(path: Path) -> _Found | None:
     parts = dict(subject=match["subject"], session="", task=match["task"], run=match["run"])
     return _Found(path, "openfmri", "volume", parts, "native")
 
-# %% ../nbs/01c_ingest.ipynb #4299c8ad
+# %% ../nbs/01c_ingest.ipynb #aa58549f
 _KEY_PARTS = ("sub", "ses", "task", "run")
-_OF_THE_FILE = {"space", "res", "den", "desc", "hemi", "suffix"}  # versions of a recording, not recordings
+_OF_THE_FILE = {
+    "space",
+    "res",
+    "den",
+    "desc",
+    "hemi",
+    "atlas",
+    "seg",
+    "suffix",
+}  # versions of a recording, not recordings
 _DESCRIPTIONS = ("preproc", "", "smoothAROMAnonaggr")
 
 
@@ -318,6 +327,10 @@ def _bids_space(kind: str, found: dict) -> str:
     space, density = found.get("space", ""), found.get("den", "")
     if kind == "grayordinates" and density in ("", "91k"):
         return "fsLR_32k"
+    if kind == "parcels":  # an atlas that is a space of this book; else the number of columns must tell
+        names = {name.lower(): name for name in SPACES}
+        said = (found.get(part, "").lower() for part in ("atlas", "seg", "space"))
+        return next((names[name] for name in said if name in names), "")
     if kind == "surface":
         names = {("fsLR", ""): "fsLR_32k", ("fsLR", "32k"): "fsLR_32k", ("fsaverage", "10k"): "fsaverage5"}
         return names.get(
@@ -332,7 +345,7 @@ def _parts(found: dict) -> dict:
     run = "_".join(filter(None, [found.get("run", ""), *extra]))
     return dict(subject=found["sub"], session=found.get("ses", ""), task=found.get("task", ""), run=run)
 
-
+# %% ../nbs/01c_ingest.ipynb #78b0fe63
 def _as_bids(path: Path) -> _Found | None:
     found, kind = entities(path.name), _kind(path.name)
     if "sub" not in found or found["suffix"] != "bold" or found.get("part") == "phase":
@@ -1785,15 +1798,16 @@ def _volume_weights(reader, source, space, to, options, first):
         rows.append(Decision("transfer", f"from {via} to {to}", trip.note, "matched by position", "note"))
     return to, weights, [*rows, *_empty_rows(Space.named(to), weights)]
 
-# %% ../nbs/01c_ingest.ipynb #5c6d45cc
+# %% ../nbs/01c_ingest.ipynb #7c39eb58
 def _own_voxels(reader, source, space, options, first):
     "The voxels of the mask, on the file's own grid."
     mask, row = _volume_mask(reader, source, space, options, first)
     if not mask.any():
         row = Decision("values", "voxels that change over time", "none: a label image?", "not BOLD", "refuse")
         raise Refused(source.key, [row])
-    code = hashlib.blake2b(mask.tobytes() + np.round(reader.affine, 3).tobytes(), digest_size=6).hexdigest()
     reference = "MNI152" if space.startswith("MNI152") else "native"
+    place = mask.tobytes() + np.round(reader.affine, 3).tobytes() + reference.encode()
+    code = hashlib.blake2b(place, digest_size=6).hexdigest()
     sites = Space.from_mask(f"volume_{code}", mask, reader.affine, reference)
     columns = np.ravel_multi_index(sites.voxels.T, reader.grid)
     size = (sites.n_sites, int(np.prod(reader.grid)))

@@ -670,6 +670,24 @@ def test_lists_of_names(tmp_path, text, expected):
 # --- damage
 
 
+def test_parcels_named_by_their_atlas(tmp_path):
+    for subject, atlas, n in (("1", "Schaefer100", 100), ("2", "mine", 200)):
+        np.save(tmp_path / f"sub-{subject}_ses-1_task-rest_atlas-{atlas}_bold.npy", noise((100, n)))
+    first, second = discover(tmp_path).sources
+    assert first.key == "sub-1_ses-1_task-rest" and (first.space, second.space) == ("schaefer100", "")
+    assert [examine(s).facts["space"] for s in (first, second)] == ["schaefer100", "schaefer200"]
+
+
+def test_one_grid_may_be_native_and_mni(tmp_path):
+    path = save_volume(tmp_path / "a_bold.nii.gz", noise((6, 6, 6, 40)), code=1)
+    mask = save_volume(tmp_path / "mask.nii.gz", np.ones((6, 6, 6), np.uint8), code=1)
+    spaces = [
+        load(discover(path).sources[0], "volume", IngestOptions(mask=mask, source_space=s))[0].sites
+        for s in ("native", "MNI152NLin6Asym")
+    ]
+    assert [s.reference for s in spaces] == ["native", "MNI152"] and spaces[0].name != spaces[1].name
+
+
 def test_truncated_files(tmp_path):
     path = save_volume(tmp_path / "a_bold.nii.gz", noise((20, 20, 20, 40)), code=1)
     whole = path.read_bytes()
