@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FILES', 'TARGETS', 'FORMATS', 'DIED', 'PARTS', 'Settings', 'differences', 'fingerprint', 'flat_frames', 'make_record',
-           'write_simulated_bids', 'DiskFull', 'Job', 'work', 'Event', 'in_processes', 'in_dask', 'Unfinished',
-           'Different', 'partial_folder', 'Found', 'read_participants', 'readable', 'Report', 'read_journal', 'prepare']
+           'write_simulated_bids', 'Unfinished', 'DiskFull', 'Job', 'work', 'Event', 'in_processes', 'in_this_process',
+           'in_dask', 'Different', 'partial_folder', 'Found', 'read_participants', 'readable', 'Report', 'read_journal',
+           'prepare']
 
 # %% ../nbs/02b_prepare.ipynb #3ff911e9
 FILES = ("atlas", "atlas_labels", "mask")  # options that name a file
@@ -235,7 +236,11 @@ def write_simulated_bids(
             run.events.to_csv(here / f"{stem}_events.tsv", sep="\t", index=False)
     return folder
 
-# %% ../nbs/02b_prepare.ipynb #c2debe52
+# %% ../nbs/02b_prepare.ipynb #8dd29ea7
+class Unfinished(RuntimeError):
+    "`prepare` could not finish. What is done stays done; the same call goes on from there."
+
+
 class DiskFull(OSError):
     "No room left on the device: nothing is damaged, the work goes on once there is some."
 
@@ -355,7 +360,7 @@ def _close(pools: list, at_once: bool):
             process.kill()
         pool.shutdown(wait=not at_once, cancel_futures=True)
 
-# %% ../nbs/02b_prepare.ipynb #7bbcb147
+# %% ../nbs/02b_prepare.ipynb #f561b1d1
 def in_processes(
     jobs: Sequence[Job],
     workers: int,
@@ -369,6 +374,7 @@ def in_processes(
     pools = [_pool() for _ in range(min(workers, len(jobs)))]
     free, complete = deque(range(len(pools))), False
     try:
+        _check_start(pools)
         while waiting or busy:
             while waiting and free:
                 (job, tries), worker = waiting.popleft(), free.popleft()
@@ -390,6 +396,25 @@ def in_processes(
         complete = True
     finally:
         _close(pools, at_once=not complete)
+
+
+def _check_start(pools: list):
+    "Can workers start at all? In a script they import the script, and must not run it."
+    from concurrent.futures.process import BrokenProcessPool
+
+    alive = [pool.submit(os.getpid) for pool in pools]
+    try:
+        alive[0].result()
+    except BrokenProcessPool as error:
+        guard = "in a script, call prepare below `if __name__ == '__main__':`, or use workers=0"
+        raise Unfinished(f"expected a worker to start, found that it ended at once: {guard}") from error
+
+
+def in_this_process(jobs: Sequence[Job]) -> Iterator[Event]:
+    "One after the other, with no process of its own: for a debugger, and for very small jobs."
+    for job in jobs:
+        yield Event("start", 0, job)
+        yield Event("end", 0, job, work(job))
 
 
 def _dead(job: Job) -> dict:
@@ -439,11 +464,7 @@ def in_dask(
                 running.add(hand_over())
             yield Event("end", who, job, result)
 
-# %% ../nbs/02b_prepare.ipynb #6971e598
-class Unfinished(RuntimeError):
-    "`prepare` could not finish. What is done stays done; the same call goes on from there."
-
-
+# %% ../nbs/02b_prepare.ipynb #1ca63e0d
 class Different(ValueError):
     "There is an output of that name already, made in another way."
 
@@ -598,7 +619,7 @@ def _planned_split(split: Any, participants: Any, found: Found):
         )
     return known
 
-# %% ../nbs/02b_prepare.ipynb #6e100cc1
+# %% ../nbs/02b_prepare.ipynb #ce2f6149
 def _n_sites(settings: Settings, facts: dict) -> float:
     "Columns of the output, for an estimate."
     if settings.to == "flat":
@@ -618,11 +639,18 @@ def _bytes_of(settings: Settings, facts: dict) -> float:
     )  # other formats are made from a store, then it goes
 
 
-def _look(jobs: list[Job], bar) -> tuple[list[Job], list[dict], float]:
-    "From headers alone: what is worth a worker, what a rule refuses, and how many bytes it will be."
-    good, refused, needed = [], [], 0.0
+def _look(jobs: list[Job], bar, slow: float = 5) -> tuple[list[Job], list[dict], float]:
+    "From headers alone: what is worth a worker, what a rule refuses, and how many bytes it will be, about."
+    good, refused, sizes = [], [], []
     for job in jobs:
         to = "surface" if job.settings.to == "flat" else job.settings.to
+        gifti = str(job.source.files[0]).endswith(".gii")
+        slow -= gifti
+        if (
+            gifti and slow < 0
+        ):  # a GIFTI file must be read as a whole: after a few, that is left to the workers
+            good.append(job)
+            continue
         seen = examine(job.source, to=to, options=job.settings.options)
         if seen.refused:
             said = [asdict(d) for d in seen.decisions]
@@ -637,9 +665,9 @@ def _look(jobs: list[Job], bar) -> tuple[list[Job], list[dict], float]:
             )
         else:
             good.append(job)
-            needed += _bytes_of(job.settings, seen.facts)
+            sizes.append(_bytes_of(job.settings, seen.facts))
         bar.update()
-    return good, refused, needed
+    return good, refused, len(good) * float(np.mean(sizes)) if sizes else 0.0
 
 
 def readable(n_bytes: float) -> str:
@@ -782,7 +810,7 @@ def _write_papers(folder: Path, found: Found, table: pd.DataFrame, facts: dict, 
             temporary.write_text(text, encoding="utf-8")
     return list(papers)
 
-# %% ../nbs/02b_prepare.ipynb #978d3626
+# %% ../nbs/02b_prepare.ipynb #378369c8
 def _link(source: str, target: str):
     "The same bytes under a second name; a copy where the file system has no links."
     try:
@@ -813,12 +841,17 @@ def _assemble(
     storage.finish_store(store, columns, expected=keys, settings=facts, extra_files=papers)
     if settings.format == "store":
         return store
-    convert(store, ready, settings.format)
+    options = {}  # what a format can say about a split, it says
+    if split is not None and settings.format == "arrow":
+        options["split"] = lambda record: split.of(record.subject)
+    elif split is not None and settings.format == "h5":
+        options["statistics_of"] = split.subjects("train")
+    convert(storage.Store(store), ready, settings.format, **options)
     _write_papers(ready, found, table, facts, split)
     write_manifest(ready, settings.format, runs=len(keys), settings=facts)
     return ready
 
-# %% ../nbs/02b_prepare.ipynb #72c1448a
+# %% ../nbs/02b_prepare.ipynb #b0276676
 def _publish(ready: Path, out: Path, partial: Path):
     "Verify, rename, clean up: in this order."
     checked = verify(ready)
@@ -830,7 +863,16 @@ def _publish(ready: Path, out: Path, partial: Path):
         os.replace(out, partial / "replaced")
     os.replace(ready, out)
     storage._sync_folder(out.parent)
-    os.replace(partial / "journal.jsonl", out.with_name(out.name + ".journal.jsonl"))
+    _clean_up(out, partial)
+
+
+def _clean_up(out: Path, partial: Path):
+    "The journal stays, beside the output; everything else that the work needed goes, the plan last."
+    if (partial / "journal.jsonl").exists():
+        os.replace(partial / "journal.jsonl", out.with_name(out.name + ".journal.jsonl"))
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
     shutil.rmtree(partial)
 
 
@@ -857,6 +899,13 @@ def _already(out: Path, facts: dict, found: Found, overwrite: bool) -> Report | 
         raise Different(
             f"{out}: it is finished, but not from these settings and files: {what}. Choose another name, or overwrite"
         )
+    partial = partial_folder(out)
+    if partial.exists() and _read_json(partial / "plan.json") in (
+        facts,
+        None,
+    ):  # killed between the rename and the last broom
+        with _alone(partial):
+            _clean_up(out, partial)
     table = pd.read_csv(
         out / "report.csv",
         dtype={c: str for c in _COLUMNS[:9]},
@@ -901,10 +950,13 @@ class _Journal:
         seen = {k: v for k, v in (e.result or {}).items() if k not in ("files", "decisions", "layout", "key")}
         self.note(e.what, worker=e.worker, key=e.job.source.key, **seen)
 
-# %% ../nbs/02b_prepare.ipynb #3f52b04a
+# %% ../nbs/02b_prepare.ipynb #0429f130
 def _do(jobs: list[Job], results: dict, journal: _Journal, bar, workers: int, dask: str | None, retries: int):
     "All jobs, by whoever does them."
-    events = in_dask(jobs, dask, workers, retries) if dask else in_processes(jobs, workers, retries)
+    if dask:
+        events = in_dask(jobs, dask, max(1, workers), retries)
+    else:
+        events = in_processes(jobs, workers, retries) if workers else in_this_process(jobs)
     failed = 0
     try:
         for event in events:
@@ -944,7 +996,7 @@ def _make_all(found: Found, settings: Settings, partial: Path, how: dict, progre
             _do(jobs, results, journal, bar, **how)
     return results
 
-# %% ../nbs/02b_prepare.ipynb #685148a2
+# %% ../nbs/02b_prepare.ipynb #463a3234
 def prepare(
     src: str | Path,  # a folder of recordings, or one file
     out: str | Path,  # a folder that does not exist yet; made in `out`.partial
@@ -961,7 +1013,7 @@ def prepare(
     limit: int | None = None,  # only the first recordings, for a trial
     split: Any = None,  # fractions, options of `make_split`, or a file that `Split.save` wrote
     participants: Any = None,  # a table or its file, with families and sites
-    workers: int = 1,
+    workers: int = 1,  # processes; 0: in this one
     dask: str | None = None,  # instead of workers: 'local', or the address of a scheduler
     retries: int = 1,  # for recordings whose worker died
     dry_run: bool = False,
@@ -970,8 +1022,8 @@ def prepare(
 ) -> Report:
     "Recordings into one finished data set. Killed at any moment, the same call goes on where it was."
     start, src, out = time.time(), Path(src).absolute(), Path(out).absolute()
-    if workers < 1:
-        raise ValueError(f"expected at least 1 worker, found {workers}")
+    if workers < 0:
+        raise ValueError(f"expected 0 workers or more, found {workers}")
     settings = Settings(to, format, options, tr, match_original, normalise, scale, patch)
     found = _find(src, out, settings, pattern, limit)
     planned = _planned_split(split, participants, found)
@@ -993,7 +1045,7 @@ def prepare(
         report.note = f"nothing could be used, so there is no output; the report is in {partial_folder(out)}"
     return report
 
-# %% ../nbs/02b_prepare.ipynb #f9f499d5
+# %% ../nbs/02b_prepare.ipynb #5f4c62c0
 def _through(found, settings, out, facts, split, overwrite, how, progress) -> dict[str, dict]:
     "The work itself, from the lock to the rename."
     partial = partial_folder(out)
@@ -1015,7 +1067,7 @@ def _would(found: Found, settings: Settings, out: Path) -> Report:
 
     jobs = [Job(s, settings, partial_folder(out), found.files[k]) for k, s in sorted(found.sources.items())]
     with tqdm(disable=True) as bar:
-        good, refused, needed = _look(jobs, bar)
+        good, refused, needed = _look(jobs, bar, slow=np.inf)
     results = {j.source.key: dict(status="planned", reason="", decisions=[]) for j in good}
     results |= {r["key"]: r for r in refused}
     note = f"a dry run: nothing was written; the output will take about {readable(needed)}"
