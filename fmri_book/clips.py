@@ -93,7 +93,7 @@ def random_starts(
     start = (chance * (n_frames[run] - self.frames + 1)).astype(np.int64)
     return run, start[np.lexsort((start, run))]
 
-# %% ../nbs/02a_clips.ipynb #8e9040b4
+# %% ../nbs/02a_clips.ipynb #b7a58bf5
 class Cut(NamedTuple):
     "The clips of one run."
 
@@ -101,7 +101,7 @@ class Cut(NamedTuple):
     trial_types: list[str]  # one a clip; '' where the clip belongs to no event
     dropped: dict[str, int]  # reason -> number of events that gave no clip
 
-
+# %% ../nbs/02a_clips.ipynb #1b35aee0
 @patch
 def event_starts(self: ClipRule, n_frames: int, tr: float, events: pd.DataFrame | None) -> Cut:
     "One clip an event: its first frame is int((onset + hrf_delay) / TR)."
@@ -149,7 +149,7 @@ def cut(
         starts = np.arange(0, n_frames - self.frames + 1, self.stride or self.frames)
     return Cut(starts, [""] * len(starts), {})
 
-# %% ../nbs/02a_clips.ipynb #418957ec
+# %% ../nbs/02a_clips.ipynb #609cd170
 class RunTable(NamedTuple):
     "The runs of a source, as plain lists: quick to look up, quick to send to another process."
 
@@ -171,7 +171,7 @@ class RunTable(NamedTuple):
         ]
         return cls(*words, index["tr"].to_numpy(float), index["frames"].to_numpy(np.int64))
 
-# %% ../nbs/02a_clips.ipynb #60a2f1f7
+# %% ../nbs/02a_clips.ipynb #d7df0fc2
 def choose_runs(
     table: RunTable,
     subjects: Iterable[str] | None = None,  # with or without 'sub-'
@@ -207,7 +207,7 @@ def check_trs(table: RunTable, rows: np.ndarray, tr: float | Literal["any"] | No
             f"({bad.sum()} of {len(rows)} runs differ). Resample them, choose runs, or pass tr='any'"
         )
 
-# %% ../nbs/02a_clips.ipynb #9df718b7
+# %% ../nbs/02a_clips.ipynb #9967afaf
 class ClipDataset(Dataset):
     "Clips of stored runs. Item i depends on the source, the rule, the seed and the epoch, and on nothing else."
 
@@ -248,16 +248,19 @@ class ClipDataset(Dataset):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def set_epoch(self, epoch: int) -> None:
-        "Other random starts; the number of clips stays. Call it before the loader starts an epoch."
-        self._epoch.fill_(epoch)
+# %% ../nbs/02a_clips.ipynb #5e6894d0
+@patch
+def set_epoch(self: ClipDataset, epoch: int) -> None:
+    "Other random starts; the number of clips stays. Call it before the loader starts an epoch."
+    self._epoch.fill_(epoch)
 
-    @property
-    def layout(self) -> Layout:
-        "What the columns of a frame are."
-        return self.source.layout
 
-# %% ../nbs/02a_clips.ipynb #63b8a31a
+@patch(as_prop=True)
+def layout(self: ClipDataset) -> Layout:
+    "What the columns of a frame are."
+    return self.source.layout
+
+
 @patch
 def _cut(self: ClipDataset) -> None:
     "The table of clips: row of the run, first frame, trial type."
@@ -282,7 +285,7 @@ def _cut(self: ClipDataset) -> None:
         table.key[i]: "no events" for i, e in events.items() if locked and not (e is not None and len(e))
     }
 
-
+# %% ../nbs/02a_clips.ipynb #ff51890d
 @patch(as_prop=True)
 def why_fewer(self: ClipDataset) -> str:
     "What gave no clip, and why."
@@ -299,7 +302,7 @@ def why_fewer(self: ClipDataset) -> str:
 def __repr__(self: ClipDataset) -> str:
     return f"ClipDataset({len(self):,} {self.rule.mode} clips of {self.rule.frames} frames from {len(self.rows):,} runs; {self.why_fewer})"
 
-# %% ../nbs/02a_clips.ipynb #190a5001
+# %% ../nbs/02a_clips.ipynb #b9383cd4
 def _empty(*shape: int, dtype: np.dtype) -> Tensor:
     "Memory to read into; in a worker of a DataLoader, memory that its parent sees as well."
     if get_worker_info() is None:
@@ -308,7 +311,7 @@ def _empty(*shape: int, dtype: np.dtype) -> Tensor:
     bytes_ = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return torch.empty(0, dtype=kind).set_(torch.UntypedStorage._new_shared(bytes_), 0, shape)
 
-
+# %% ../nbs/02a_clips.ipynb #504d977c
 @patch
 def batch(
     self: ClipDataset,
@@ -337,7 +340,7 @@ def batch(
     numbers = {"start": torch.from_numpy(starts), "tr": tr, "index": torch.from_numpy(indices)}
     return batch | numbers | {"trial_type": kinds}
 
-
+# %% ../nbs/02a_clips.ipynb #5ae6c2a8
 _WORDS = ("subject", "session", "task", "run", "key")
 
 
@@ -354,7 +357,7 @@ def __getitem__(self: ClipDataset, i: int) -> dict[str, Any]:
         raise IndexError(f"clips: expected a number below {len(self)}, found {i}")
     return {k: None if v is None else v[0] for k, v in self.batch([i % len(self)]).items()}
 
-# %% ../nbs/02a_clips.ipynb #e92c2a6e
+# %% ../nbs/02a_clips.ipynb #3bd9f21e
 def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[int, int]:
     "As given; else from torch.distributed; else from RANK and WORLD_SIZE; else one process alone."
     if (rank is None) != (world is None):
@@ -367,7 +370,7 @@ def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[i
         raise ValueError(f"clips: expected a rank from 0 to {world - 1}, found {rank} in a world of {world}")
     return rank, world
 
-
+# %% ../nbs/02a_clips.ipynb #328cdedc
 class ClipSampler(Sampler):
     "Which clips each batch of each rank holds. The same seed and epoch give the same batches."
 
@@ -395,7 +398,7 @@ class ClipSampler(Sampler):
         self.epoch, self.first = int(epoch), 0
         self.clips.set_epoch(self.epoch)
 
-# %% ../nbs/02a_clips.ipynb #ee5c19ae
+# %% ../nbs/02a_clips.ipynb #ddcb02cd
 @patch(as_prop=True)
 def n_batches(self: ClipSampler) -> int:
     "Batches of a whole epoch on this rank."
@@ -433,7 +436,7 @@ def __iter__(self: ClipSampler) -> Iterator[list[int]]:
     for b in range(self.first, self.n_batches):
         yield mine[b * self.batch_size : (b + 1) * self.batch_size].tolist()
 
-
+# %% ../nbs/02a_clips.ipynb #f4154058
 @patch
 def state_dict(self: ClipSampler, batches_used: int = 0) -> dict[str, int]:
     "Where the training is: to be saved with the model."
@@ -484,15 +487,13 @@ def clip_loader(
         return DataLoader(clips, batch_size=batch_size, **options)
     return DataLoader(clips, batch_sampler=ClipSampler(clips, batch_size, train, seed, **place), **options)
 
-# %% ../nbs/02a_clips.ipynb #a0ffa888
+# %% ../nbs/02a_clips.ipynb #c2e8d221
 class ClipStream(IterableDataset):
     "Clips of WebDataset shards, cut while they pass."
 
     def __init__(
         self,
-        urls: str
-        | Path
-        | Iterable[str],  # files, folders, {0000..0009}, http(s)://…: see `formats.expand_urls`
+        urls: str | Path | Iterable[str],  # see `formats.expand_urls`
         frames: int = 16,
         mode: Literal["sequential", "random", "events"] = "random",
         *,
@@ -500,12 +501,8 @@ class ClipStream(IterableDataset):
         shuffle: int = 1000,  # training: clips in the shuffle buffer of each worker
         seed: int = 0,
         layout: Layout | None = None,  # None: that of the first run
-        tr: float
-        | Literal["any"]
-        | None = None,  # seconds; None: as the first run; 'any': whatever they have
-        on_error: Literal[
-            "raise", "skip"
-        ] = "raise",  # damaged samples: an error, or a warning and a line in `problems`
+        tr: float | Literal["any"] | None = None,  # seconds; None: as the first run
+        on_error: Literal["raise", "skip"] = "raise",  # what to do with damage
         rank: int | None = None,  # None: see `rank_and_world`; taken when the stream is made
         world: int | None = None,
         **rule: Any,  # stride, oversample, hrf_delay, min_gap, trial_types: see `ClipRule`
@@ -514,26 +511,27 @@ class ClipStream(IterableDataset):
 
         self.urls, self.rule = expand_urls(urls), ClipRule(frames, mode, **rule)
         self.train, self.shuffle, self.seed, self.on_error = train, shuffle, seed, on_error
+        self.dropped, self.skipped, self.problems = Counter(), {}, []  # workers keep their own
         self.rank, self.world = rank_and_world(rank, world)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.dropped, self.skipped, self.problems = Counter(), {}, []  # of this process
         self.tr_given = check_tr(tr, "clips") if isinstance(tr, int | float) else None
         first = Shards(self.urls, tr=self.tr_given, on_error=on_error)
-        self.layout = layout or first.layout
-        self.tr = next(iter(first)).tr if tr is None else tr
+        self.layout, self.tr = layout or first.layout, next(iter(first)).tr if tr is None else tr
 
     def set_epoch(self, epoch: int) -> None:
-        "Another order and other random starts; call it before iterating, also to continue a stopped training."
+        "Another order, other random starts; before iterating. Also to continue a stopped training."
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self._stream()
 
     def __repr__(self) -> str:
-        kind = "endless" if self.train else "every clip once"
-        return f"ClipStream({len(self.urls)} shards, {self.rule.mode} clips of {self.rule.frames} frames, {kind}, rank {self.rank} of {self.world})"
+        how = f"{'endless' if self.train else 'every clip once'}, rank {self.rank} of {self.world}"
+        return (
+            f"ClipStream({len(self.urls)} shards, {self.rule.mode} clips of {self.rule.frames} frames, {how})"
+        )
 
-# %% ../nbs/02a_clips.ipynb #161b861d
+# %% ../nbs/02a_clips.ipynb #a542cd7a
 @patch
 def _consumer(self: ClipStream) -> tuple[int, int]:
     "Number of this worker among all workers of all ranks, and how many there are."
@@ -541,7 +539,7 @@ def _consumer(self: ClipStream) -> tuple[int, int]:
     worker, workers = (info.id, info.num_workers) if info else (0, 1)
     return self.rank * workers + worker, self.world * workers
 
-
+# %% ../nbs/02a_clips.ipynb #d11ff790
 @patch
 def _records(self: ClipStream, urls: Iterable[str]) -> Iterator[Record]:
     "The runs of some shards."
@@ -579,7 +577,7 @@ def _share(self: ClipStream) -> Iterator[Record]:
     else:
         yield from (record for n, record in enumerate(self._records(self.urls)) if n % everybody == me)
 
-
+# %% ../nbs/02a_clips.ipynb #2fb96686
 @patch
 def _clips(self: ClipStream, record: Record, words: tuple[int, ...]) -> list[dict[str, Any]]:
     "The clips of one run; copies, so that the run can be forgotten."
@@ -601,7 +599,7 @@ def _clips(self: ClipStream, record: Record, words: tuple[int, ...]) -> list[dic
         for s, kind in zip(cut.starts.tolist(), cut.trial_types, strict=True)
     ]
 
-# %% ../nbs/02a_clips.ipynb #bc2c6dcf
+# %% ../nbs/02a_clips.ipynb #b6e1d525
 def shuffled(
     items: Iterable,
     size: int,  # of the buffer
@@ -668,7 +666,7 @@ def pooled(
     squares = ((n - 1) * sd**2 + n * (mean - centre) ** 2).sum(1, keepdim=True)
     return centre, (squares / (n * frames - 1)).sqrt()
 
-# %% ../nbs/02a_clips.ipynb #c15b0a75
+# %% ../nbs/02a_clips.ipynb #b417d44d
 class ClipDecoder(nn.Module):
     "From packed clips to what a model takes, on the device where the clips are. Crops only while `.training`."
 
@@ -699,23 +697,29 @@ class ClipDecoder(nn.Module):
             layout.n_sites,
             layout.patch,
         )
-        if self.normalise not in NORMALISATIONS or mask_from not in ("layout", "first_frame"):
-            raise ValueError(
-                f"decoder: expected normalise from {NORMALISATIONS} and mask_from 'layout' or 'first_frame', found {normalise!r} and {mask_from!r}"
-            )
-        if not flat and (crop or size or mask_from != "layout"):
-            raise ValueError(
-                f"decoder: crop, size and mask_from are for flat maps; found a layout of '{layout.space}'"
-            )
-        if crop is not None and not 0 < crop[0] <= crop[1] <= 1:
-            raise ValueError(
-                f"decoder: expected a crop of two shares of the area, rising, up to 1, found {crop}"
-            )
+        self._check_options(layout, size)
         columns, inside, self.key = _grid_of(layout, size)
         self.register_buffer("columns", torch.from_numpy(columns), persistent=False)
         self.register_buffer("inside", torch.from_numpy(inside), persistent=False)
 
-# %% ../nbs/02a_clips.ipynb #b9a037eb
+# %% ../nbs/02a_clips.ipynb #46ecf3ba
+@patch
+def _check_options(self: ClipDecoder, layout: Layout, size: tuple[int, int] | None) -> None:
+    if self.normalise not in NORMALISATIONS or self.mask_from not in ("layout", "first_frame"):
+        found = f"{self.normalise!r} and {self.mask_from!r}"
+        raise ValueError(
+            f"decoder: expected normalise from {NORMALISATIONS} and mask_from 'layout' or 'first_frame', found {found}"
+        )
+    if layout.space != "flat" and (self.crop or size or self.mask_from != "layout"):
+        raise ValueError(
+            f"decoder: crop, size and mask_from are for flat maps; found a layout of '{layout.space}'"
+        )
+    if self.crop is not None and not 0 < self.crop[0] <= self.crop[1] <= 1:
+        raise ValueError(
+            f"decoder: expected a crop of two shares of the area, rising, up to 1, found {self.crop}"
+        )
+
+
 def _grid_of(
     layout: Layout, size: tuple[int, int] | None
 ) -> tuple[
@@ -739,7 +743,7 @@ def _grid_of(
     columns[inside] = layout.inverse  # reading order of the mask is the canonical order
     return columns, inside.copy(), key
 
-# %% ../nbs/02a_clips.ipynb #2861cdb2
+# %% ../nbs/02a_clips.ipynb #a8b77df4
 @patch
 def _statistics(
     self: ClipDecoder, packed: Tensor, seen: Tensor | None, mean: Tensor | None, sd: Tensor | None
@@ -754,7 +758,7 @@ def _statistics(
         return mean, sd
     return pooled(mean, sd, packed.shape[-1] if seen is None else seen.sum(-1, keepdim=True))
 
-
+# %% ../nbs/02a_clips.ipynb #71a2862a
 @patch
 def _scale(self: ClipDecoder, x: Tensor, stats: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
     "(B, T, …) float32, in its place: normalised, 0 outside the mask, clipped."
@@ -788,7 +792,7 @@ def _gather(x: Tensor, columns: Tensor) -> Tensor:
         taken = x.index_select(-1, places)
     return taken.unflatten(-1, columns.shape)
 
-# %% ../nbs/02a_clips.ipynb #4429f4a2
+# %% ../nbs/02a_clips.ipynb #52579f1c
 @patch
 def forward(
     self: ClipDecoder,
@@ -812,7 +816,7 @@ def forward(
         mask = mask if seen is None else mask[:, 0] > 0
         return {self.key: x[:, None].to(self.dtype), "mask": mask}
 
-
+# %% ../nbs/02a_clips.ipynb #21edbb0a
 @patch
 def decode(self: ClipDecoder, batch: dict[str, Any], device: Any = None) -> dict[str, Any]:
     "A batch with `packed` and its statistics replaced by what a model takes; moved to the device while still packed."
@@ -821,7 +825,7 @@ def decode(self: ClipDecoder, batch: dict[str, Any], device: Any = None) -> dict
     moved = [None if batch[k] is None else batch[k].to(device, non_blocking=True) for k in names]
     return {k: v for k, v in batch.items() if k not in names} | self(*moved)
 
-# %% ../nbs/02a_clips.ipynb #c5a71907
+# %% ../nbs/02a_clips.ipynb #be58fbb9
 @patch
 def crop_windows(
     self: ClipDecoder, n: int, device: Any = "cpu"
@@ -836,7 +840,7 @@ def crop_windows(
     left, top = ((chance[:, 1] * (width - w + 1)).floor(), (chance[:, 2] * (height - h + 1)).floor())
     return torch.stack([left, top, w, h], 1)
 
-
+# %% ../nbs/02a_clips.ipynb #0947a904
 @patch
 def _cropped(self: ClipDecoder, packed: Tensor) -> dict[str, Tensor]:
     (height, width), (left, top, w, h) = self.inside.shape, self.crop_windows(len(packed), packed.device).T
@@ -856,7 +860,7 @@ def _cropped(self: ClipDecoder, packed: Tensor) -> dict[str, Tensor]:
     image = self._scale(values, self._statistics(values, seen, None, None), seen[:, None])
     return {"image": image.unflatten(-1, (height, width))[:, None].to(self.dtype), "mask": mask}
 
-# %% ../nbs/02a_clips.ipynb #9e1e6444
+# %% ../nbs/02a_clips.ipynb #0aefafb0
 @patch
 def _patch_table(self: ClipDecoder, patch: tuple[int, int, int] | None) -> tuple[int, Tensor, Tensor]:
     "Frames of a patch; columns (patches, pixels) and which of them are inside."
@@ -884,7 +888,7 @@ def patch_mask(
     "Which pixels of each patch are inside the layout's mask."
     return self._patch_table(patch)[2]
 
-
+# %% ../nbs/02a_clips.ipynb #42991e33
 @patch
 def patches(
     self: ClipDecoder,
@@ -919,7 +923,7 @@ def patches(
         x = x.unflatten(1, (-1, depth)).transpose(2, 3)  # (B, time, patch, frame of the patch, pixel)
         return x.flatten(3).flatten(1, 2).to(self.dtype)
 
-# %% ../nbs/02a_clips.ipynb #90053e8c
+# %% ../nbs/02a_clips.ipynb #54fd0f0c
 @torch.no_grad()
 def dense_batch(
     decoder: ClipDecoder,
