@@ -31,7 +31,9 @@ HERE = {"workers": 0, "progress": False}  # in this process: no time for startin
 
 
 def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def journal(path):
@@ -41,7 +43,9 @@ def journal(path):
 @pytest.fixture(scope="session")
 def cohort():
     "Five simulated people, rest and motor."
-    return list(Cohort(n_subjects=5, n_sessions=1, n_frames=60, tr=1.4, tasks=("rest", "motor"), space="schaefer100"))
+    return list(
+        Cohort(n_subjects=5, n_sessions=1, n_frames=60, tr=1.4, tasks=("rest", "motor"), space="schaefer100")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +94,9 @@ def test_flat_frames_are_zscored_then_resampled_then_drawn(surfaces, tmp_path):
     images[:, FlatMap.fsaverage5().mask] = record.values
     np.testing.assert_allclose(images, expected, atol=2e-3)
     assert (images[:, ~FlatMap.fsaverage5().mask] == 0).all()
-    assert len(record.events) == len(run.events) and set(record.events.trial_type) == set(run.events.trial_type)
+    assert len(record.events) == len(run.events) and set(record.events.trial_type) == set(
+        run.events.trial_type
+    )
 
 
 def test_patch_order_holds_the_same_pictures(surfaces, tmp_path):
@@ -108,7 +114,11 @@ def test_parcels_keep_raw_units_and_events(bids, cohort, tmp_path):
     run = next(r for r in cohort if r.task == "motor" and r.subject == "sim-0003")
     record = store.record(store.find(subject="sim-0003", task="motor")[0])
     np.testing.assert_allclose(record.values, run.bold, atol=0.01 * run.bold.std(0).max())
-    pd.testing.assert_frame_equal(record.events[["onset", "duration", "trial_type"]], run.events.reset_index(drop=True), check_exact=False)
+    pd.testing.assert_frame_equal(
+        record.events[["onset", "duration", "trial_type"]],
+        run.events.reset_index(drop=True),
+        check_exact=False,
+    )
 
 
 def test_one_tr_for_all_if_asked(bids, tmp_path):
@@ -117,7 +127,10 @@ def test_one_tr_for_all_if_asked(bids, tmp_path):
     mixed = Store(prepare(bids, tmp_path / "mixed", to="schaefer100", tr=None, **HERE).out)
     assert set(mixed.index["tr"]) == {1.4, 2.0}
     one = Store(prepare(bids, tmp_path / "one", to="schaefer100", tr=1.0, **HERE).out)
-    assert set(one.index["tr"]) == {1.0} and set(one.index["frames"]) == {83, 119}  # last frame at 59·TR or before
+    assert set(one.index["tr"]) == {1.0} and set(one.index["frames"]) == {
+        83,
+        119,
+    }  # last frame at 59·TR or before
 
 
 def test_normalise_z_stores_zscores(bids, tmp_path):
@@ -175,7 +188,9 @@ def test_other_formats_hold_the_same_values(bids, tmp_path, format):
         stats = np.load(report.out / "normalization_params.npz")
         wanted = np.concatenate([store.record(i).values for i in store.find(subject=train)])
         found = sorted((np.asarray(v).ravel() for v in stats.values() if np.size(v) == 100), key=np.mean)
-        assert any(np.allclose(v, q, rtol=1e-4) for v in found for q in (wanted.mean(0), np.median(wanted, 0)))
+        assert any(
+            np.allclose(v, q, rtol=1e-4) for v in found for q in (wanted.mean(0), np.median(wanted, 0))
+        )
 
 
 # ------------------------------------------------------------------------------------------------- nothing is dropped
@@ -188,7 +203,11 @@ def test_every_recording_has_a_row(tmp_path):
     whole = src / "sub-02" / "func" / "sub-02_task-rest_bold.nii.gz"
     write_volume(whole, seed=2)
     whole.write_bytes(whole.read_bytes()[:3000])
-    write_volume(src / "sub-03" / "func" / "sub-03_task-rest_bold.nii.gz", seed=3, spoil=lambda v: v[2, 2, 2].fill(np.nan))
+    write_volume(
+        src / "sub-03" / "func" / "sub-03_task-rest_bold.nii.gz",
+        seed=3,
+        spoil=lambda v: v[2, 2, 2].fill(np.nan),
+    )
     write_volume(src / "sub-04" / "func" / "sub-04_task-rest_bold.nii.gz", frames=20)
     write_volume(src / "sub-05" / "func" / "sub-05_task-rest_bold.nii.gz", seed=5)
     write_volume(src / "copy" / "sub-05" / "func" / "sub-05_task-rest_bold.nii.gz", seed=6)
@@ -204,7 +223,11 @@ def test_every_recording_has_a_row(tmp_path):
         "sub-05_task-rest": "refused",
     }
     reasons = table["reason"]
-    assert "NaN" in reasons["sub-03_task-rest"] and "40 s" in reasons["sub-04_task-rest"] and "2 of this name" in reasons["sub-05_task-rest"]
+    assert (
+        "NaN" in reasons["sub-03_task-rest"]
+        and "40 s" in reasons["sub-04_task-rest"]
+        and "2 of this name" in reasons["sub-05_task-rest"]
+    )
     assert reasons["sub-02_task-rest"]
     assert report.exit_status == 0 and verify(report.out).ok
     saved = pd.read_csv(report.out / "report.csv")
@@ -216,17 +239,27 @@ def test_a_mask_of_another_shape_is_refused_for_every_run(tmp_path):
     write_volume(tmp_path / "src" / "sub-01_task-rest_bold.nii.gz")
     mask = tmp_path / "mask.nii.gz"
     nib.save(nib.Nifti1Image(np.ones((7, 6, 4), np.uint8), np.diag([3.0, 3, 3, 1])), mask)
-    report = prepare(tmp_path / "src", tmp_path / "out", to="volume", options=IngestOptions(mask=mask), **HERE)
+    report = prepare(
+        tmp_path / "src", tmp_path / "out", to="volume", options=IngestOptions(mask=mask), **HERE
+    )
     assert report.exit_status == 1 and not (tmp_path / "out").exists()
     assert "mask" in report.table["reason"][0] and not verify(partial_folder(report.out)).ok
     with pytest.raises(FileNotFoundError, match="expected a file as mask"):
-        prepare(tmp_path / "src", tmp_path / "o2", to="volume", options=IngestOptions(mask=tmp_path / "none"), **HERE)
+        prepare(
+            tmp_path / "src",
+            tmp_path / "o2",
+            to="volume",
+            options=IngestOptions(mask=tmp_path / "none"),
+            **HERE,
+        )
 
 
 def test_the_layout_of_most_runs_wins_and_the_other_is_named(tmp_path):
     for k in range(3):
         folder = tmp_path / "src" / f"sub-0{k}" / "func"
-        write_volume(folder / f"sub-0{k}_task-rest_space-MNI152NLin6Asym_bold.nii.gz", seed=k, shape=(6, 6, 4))
+        write_volume(
+            folder / f"sub-0{k}_task-rest_space-MNI152NLin6Asym_bold.nii.gz", seed=k, shape=(6, 6, 4)
+        )
         inside = np.ones((6, 6, 4), np.uint8)
         inside[0] = k != 0
         image = nib.Nifti1Image(inside, np.diag([3.0, 3, 3, 1]))
@@ -276,11 +309,15 @@ def test_finished_runs_are_kept_and_changed_ones_made_again(bids, tmp_path):
     found.sources[gone].files[0].unlink()
     report = prepare(bids, out, to="schaefer100", **HERE)
     status = dict(zip(report.table["key"], report.table["status"]))
-    assert [k for k, v in status.items() if v == "kept"] == [k for k in sorted(found.sources)[:6] if k not in (changed, gone)]
+    assert [k for k, v in status.items() if v == "kept"] == [
+        k for k in sorted(found.sources)[:6] if k not in (changed, gone)
+    ]
     assert status[changed] == "done" and gone not in status and report.counts == {"kept": 4, "done": 5}
     store = Store(out)
     reference = Store(prepare(bids, tmp_path / "calm", to="schaefer100", **HERE).out)
-    assert contents(out) == contents(reference.path) and verify(out).ok and gone not in set(store.index["key"])
+    assert (
+        contents(out) == contents(reference.path) and verify(out).ok and gone not in set(store.index["key"])
+    )
 
 
 def test_an_events_file_that_changed_counts(bids, tmp_path):
@@ -307,12 +344,18 @@ def test_nothing_to_do_the_second_time(bids, tmp_path):
     out = prepare(bids, tmp_path / "out", to="schaefer100", **HERE).out
     before = {k: (out / k).stat().st_mtime_ns for k in contents(out)}
     report = prepare(bids, out, to="schaefer100", workers=3, progress=False)  # workers decide nothing
-    assert report.note.startswith("nothing to do") and report.counts == {"kept": 10} and report.exit_status == 0
+    assert (
+        report.note.startswith("nothing to do") and report.counts == {"kept": 10} and report.exit_status == 0
+    )
     assert before == {k: (out / k).stat().st_mtime_ns for k in contents(out)}
     with pytest.raises(Different, match="1 recordings changed"):
-        np.save(next(bids.rglob("*rest*.npy")), np.random.default_rng(0).standard_normal((60, 100)).astype("f4"))
+        np.save(
+            next(bids.rglob("*rest*.npy")), np.random.default_rng(0).standard_normal((60, 100)).astype("f4")
+        )
         prepare(bids, out, to="schaefer100", **HERE)
-    assert prepare(bids, out, to="schaefer100", overwrite=True, **HERE).counts == {"done": 10} and verify(out).ok
+    assert (
+        prepare(bids, out, to="schaefer100", overwrite=True, **HERE).counts == {"done": 10} and verify(out).ok
+    )
 
 
 def test_what_prepare_did_not_write_is_never_replaced(bids, tmp_path):
@@ -359,7 +402,9 @@ def test_limit_then_all(bids, tmp_path):
 
 def test_the_split_is_made_before_the_work_and_leaks_stop_it(bids, tmp_path):
     people = pd.DataFrame({"subject": [f"sim-000{i}" for i in range(1, 6)], "family": list("aabbc")})
-    out = prepare(bids, tmp_path / "out", to="schaefer100", split=(0.5, 0.25, 0.25), participants=people, **HERE).out
+    out = prepare(
+        bids, tmp_path / "out", to="schaefer100", split=(0.5, 0.25, 0.25), participants=people, **HERE
+    ).out
     parts = json.loads((out / "split.json").read_text())["parts"]
     assert sorted(s for names in parts.values() for s in names) == sorted(people["subject"])
     for family in (["sim-0001", "sim-0002"], ["sim-0003", "sim-0004"]):
@@ -368,7 +413,14 @@ def test_the_split_is_made_before_the_work_and_leaks_stop_it(bids, tmp_path):
     with pytest.raises(ValueError, match="two sides"):
         prepare(bids, tmp_path / "o2", to="schaefer100", split=out / "split.json", participants=leaky, **HERE)
     with pytest.raises(ValueError, match="sim-0005"):
-        prepare(bids, tmp_path / "o3", to="schaefer100", split={"train": 0.5, "test": 0.5}, participants=people[:4], **HERE)
+        prepare(
+            bids,
+            tmp_path / "o3",
+            to="schaefer100",
+            split={"train": 0.5, "test": 0.5},
+            participants=people[:4],
+            **HERE,
+        )
     assert not partial_folder(tmp_path / "o2").exists() and not partial_folder(tmp_path / "o3").exists()
 
 
@@ -420,8 +472,12 @@ def test_a_worker_that_is_killed_takes_one_recording_with_it(bids, tmp_path, ret
 
 def test_a_script_without_a_guard_is_told_so(bids, tmp_path):
     script = tmp_path / "naive.py"
-    script.write_text(f"from fmri_book.prepare import prepare\nprepare({str(bids)!r}, {str(tmp_path / 'out')!r}, to='schaefer100')\n")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment(), timeout=60)
+    script.write_text(
+        f"from fmri_book.prepare import prepare\nprepare({str(bids)!r}, {str(tmp_path / 'out')!r}, to='schaefer100')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment(), timeout=60
+    )
     assert done.returncode != 0 and "__name__ == '__main__'" in done.stderr
 
 
@@ -481,7 +537,18 @@ def environment():
 
 def start(bids, out):
     "The program as a user starts it, with two workers."
-    command = [sys.executable, "-m", "fmri_book.cli", "prepare", bids, out, "--to", "schaefer100", "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "fmri_book.cli",
+        "prepare",
+        bids,
+        out,
+        "--to",
+        "schaefer100",
+        "--workers",
+        "2",
+    ]
     return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -520,7 +587,9 @@ class Program:
 
     def __init__(self, bids):
         command = [sys.executable, "-c", FORKS, bids]
-        self.parent = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.parent = subprocess.Popen(
+            command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def start(self, out) -> int:
         self.parent.stdin.write(f"{out}\n")
@@ -572,7 +641,9 @@ def test_sigkill_of_the_command_takes_its_workers_along(bids_once, tmp_path):
         assert not (partial_folder(out) / "MANIFEST.json").exists()
         assert out.exists() or not verify(out).ok
     psutil.wait_procs(children, timeout=10)
-    assert not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children), "workers outlived their parent"
+    assert not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children), (
+        "workers outlived their parent"
+    )
     assert start(bids_once, out).wait() == 0 and verify(out).ok
     calm = prepare(bids_once, tmp_path / "calm", to="schaefer100", **HERE)
     assert contents(out) == contents(calm.out)
@@ -590,10 +661,14 @@ def test_haxby_keeps_its_events(tmp_path):
     assert set(store.index["tr"]) == {2.5} and set(store.index["frames"]) == {121}
     told = pd.read_csv(next(src.rglob("task001_run001/bold_events.tsv")), sep="\t")
     found = store.events(store.find(run="001")[0])
-    assert list(found["trial_type"]) == list(told["trial_type"]) and np.allclose(found["onset"], told["onset"])
+    assert list(found["trial_type"]) == list(told["trial_type"]) and np.allclose(
+        found["onset"], told["onset"]
+    )
     image = nib.load(next(src.rglob("task001_run001/bold_25mm.nii.gz")))
     values = nib.as_closest_canonical(image).get_fdata()[tuple(store.layout.sites.voxels.T)].T
-    np.testing.assert_allclose(store.record(store.find(run="001")[0]).values, values, atol=0.01 * values.std(0).max())
+    np.testing.assert_allclose(
+        store.record(store.find(run="001")[0]).values, values, atol=0.01 * values.std(0).max()
+    )
 
 
 @real
@@ -606,7 +681,9 @@ def test_small_files_are_named_with_the_reason(tmp_path):
 @real
 def test_sixty_sessions_of_schaefer_1000(tmp_path):
     options = IngestOptions(source_tr=2.0)
-    report = prepare(SHARED / "tbi_ds000220", tmp_path / "tbi", to="schaefer1000", options=options, tr=None, **HERE)
+    report = prepare(
+        SHARED / "tbi_ds000220", tmp_path / "tbi", to="schaefer1000", options=options, tr=None, **HERE
+    )
     assert report.counts == {"done": 60} and verify(report.out).ok
     store, row = Store(report.out), report.table.iloc[0]
     with np.load(SHARED / "tbi_ds000220" / "tbi_schaefer1000_60sessions.npz") as stored:
