@@ -699,7 +699,7 @@ def finished_runs(folder: str | Path) -> dict[str, dict]:
     every = (_finished_run(folder, path) for path in sorted((folder / _SITE).glob("*.run.json")))
     return {facts["key"]: facts for facts in every if facts}
 
-# %% ../nbs/01b_storage.ipynb #fd186f6e
+# %% ../nbs/01b_storage.ipynb #010010d3
 def _settings(layout: Layout, dtype, scale: str, chunk_frames: int) -> dict:
     name = np.dtype(dtype).name
     if name not in ("float16", "float32") or scale not in ("none", "site") or chunk_frames < 1:
@@ -718,7 +718,7 @@ def _settings(layout: Layout, dtype, scale: str, chunk_frames: int) -> dict:
         "layout": layout.digest,
     }
 
-
+# %% ../nbs/01b_storage.ipynb #92d8c1b3
 def _head(folder: Path) -> Path:
     "Where a store says what its numbers are."
     return (folder if (folder / MANIFEST).exists() else folder / _SITE) / "store.json"
@@ -742,7 +742,7 @@ def _agree(folder: Path, settings: dict):
             f"found a run with {', '.join(f'{k} {settings[k]}' for k in different)}"
         )
 
-# %% ../nbs/01b_storage.ipynb #b9e243e6
+# %% ../nbs/01b_storage.ipynb #9563c994
 def write_run(
     folder: str | Path,  # a store under construction; made if it is not there
     record: Record,
@@ -776,7 +776,7 @@ def write_run(
         return facts
     return _compare(folder, facts, _finished_run(folder, sidecar))
 
-# %% ../nbs/01b_storage.ipynb #1428d299
+# %% ../nbs/01b_storage.ipynb #c8cfe5a6
 def _packed_facts(record: Record, layout: Layout, settings: dict) -> dict:
     packed = _Packed(record, layout, settings)
     for _ in packed:
@@ -839,7 +839,7 @@ def _events_bytes(runs: list[dict]) -> bytes:
     columns["more"] = pa.array([json.dumps(row["more"]) for row in rows], pa.string())
     return _table_bytes(columns)
 
-# %% ../nbs/01b_storage.ipynb #5e9a20e8
+# %% ../nbs/01b_storage.ipynb #256b391e
 def _index_bytes(runs: list[dict]) -> bytes:
     import pyarrow as pa
 
@@ -858,7 +858,7 @@ def _index_bytes(runs: list[dict]) -> bytes:
     )
     return _table_bytes(columns)
 
-# %% ../nbs/01b_storage.ipynb #1d4876f4
+# %% ../nbs/01b_storage.ipynb #df6b9e4c
 _BODY = (
     "each run: frames x sites, little-endian; if scale is 'site', mean and SD of each site (float32) follow"
 )
@@ -890,7 +890,15 @@ def _clear(folder: Path, runs: list[dict], extra: set[str]):
     if missing := extra - set(_files(folder)):
         raise FileNotFoundError(f"{folder}: expected the extra files {sorted(missing)}, found none")
 
-# %% ../nbs/01b_storage.ipynb #de4f5b8e
+# %% ../nbs/01b_storage.ipynb #6fb7450d
+def _write_tables(folder: Path, layout: Layout, runs: list[dict], head: dict):
+    _publish(folder / "layout.npz", _layout_bytes(layout))
+    _publish(folder / "index.parquet", _index_bytes(runs))
+    _publish(folder / "events.parquet", _events_bytes(runs))
+    _publish(folder / "frames.f32", b"".join(base64.b64decode(run["stats"]) for run in runs))
+    _publish(folder / "store.json", (json.dumps(head, indent=1, default=_plain) + "\n").encode())
+
+# %% ../nbs/01b_storage.ipynb #57b1e749
 def finish_store(
     folder: str | Path,  # a store under construction
     layout: Layout,
@@ -920,18 +928,14 @@ def finish_store(
         "frames": sum(run["frames"] for run in runs),
         "settings": settings or {},
     }
-    _publish(folder / "layout.npz", _layout_bytes(layout))
-    _publish(folder / "index.parquet", _index_bytes(runs))
-    _publish(folder / "events.parquet", _events_bytes(runs))
-    _publish(folder / "frames.f32", b"".join(base64.b64decode(run["stats"]) for run in runs))
-    _publish(folder / "store.json", (json.dumps(head, indent=1, default=_plain) + "\n").encode())
+    _write_tables(folder, layout, runs, head)
     known = {run["file"]: run["blake2b"] for run in runs}
     facts = {key: head[key] for key in ("runs", "frames", "space", "layout")}
     _publish(folder / _SITE / MANIFEST, _manifest(folder, "store", facts, known, (f"{_SITE}/",)))
     _complete(folder)
     return Store(folder)
 
-# %% ../nbs/01b_storage.ipynb #8f2b97d9
+# %% ../nbs/01b_storage.ipynb #25b78f26
 def write_store(
     source,  # anything with a layout that gives records one by one: a Store, a reader of another format
     folder: str | Path,
@@ -964,7 +968,7 @@ def write_store(
         write_run(folder, record, layout, dtype=dtype or kind, scale=scale, chunk_frames=chunk_frames)
     return finish_store(folder, layout, expected=keys, settings=settings)
 
-# %% ../nbs/01b_storage.ipynb #0bcacad4
+# %% ../nbs/01b_storage.ipynb #4e37b34b
 class _Descriptor:
     "An open file; the system closes it when nobody reads from it any more."
 
@@ -989,7 +993,7 @@ class _Descriptor:
         if self.fd >= 0:
             os.close(self.fd)
 
-# %% ../nbs/01b_storage.ipynb #3af59838
+# %% ../nbs/01b_storage.ipynb #50c60481
 class Store:
     "A finished clip store, open for reading: one row of `index` for each run."
 
@@ -1190,7 +1194,7 @@ def _check_file(folder: Path, name: str, entry: dict) -> str:
         return f"{name}: expected blake2b {entry['blake2b']}, found {digest}"
     return ""
 
-# %% ../nbs/01b_storage.ipynb #ac3b4b76
+# %% ../nbs/01b_storage.ipynb #697f9d24
 def verify(
     path: str | Path,  # a folder with a manifest: a store, or any other prepared output
     workers: int | None = None,  # threads; None: as many as there are cores, at most 8
@@ -1230,7 +1234,7 @@ def verify(
         [*damaged.values(), *problems], len(found) + 1, sum(s.st_size for s in found.values())
     )
 
-# %% ../nbs/01b_storage.ipynb #f455a472
+# %% ../nbs/01b_storage.ipynb #3bb0896c
 def _damaged_frames(folder: Path, name: str, damaged: dict) -> str:
     "Which run and which frames a damaged file holds, as far as the checksums of its chunks tell."
     if not name.startswith("runs/") or damaged.keys() & {"index.parquet", "store.json"}:
