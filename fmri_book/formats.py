@@ -163,7 +163,7 @@ def _pipe(command: str):
                 os.killpg(process.pid, signal.SIGTERM)
             process.wait()
 
-# %% ../nbs/01d_formats.ipynb #0cd9382a
+# %% ../nbs/01d_formats.ipynb #e9beaceb
 @contextmanager
 def _remote(url: str):
     try:
@@ -187,7 +187,7 @@ def _remote(url: str):
 
 @contextmanager
 def open_url(url: str) -> Iterator[_Stream]:
-    "The bytes behind an address, front to back. Cut transfers and failed commands are errors, at the end of the stream."
+    "The bytes behind an address, front to back; cut transfers and failed commands are errors, at the end of the stream."
     if url.startswith("pipe:"):
         opened = _pipe(url[5:])
     elif url.startswith(("http://", "https://")):
@@ -427,7 +427,7 @@ def _decode(key: str, parts: dict[str, bytes], where: str) -> dict:
     _check_frames(meta, len(bold), at)
     return {"key": key, "meta": meta, "events": events, "bold": bold, "mask": mask}
 
-# %% ../nbs/01d_formats.ipynb #ac6497d7
+# %% ../nbs/01d_formats.ipynb #d699c89e
 MEMBERS = ("meta.json", "events.json", "bold.npy", "mask.npz")
 
 
@@ -438,6 +438,7 @@ def iter_shard(
     problems: list[str] | None = None,  # what was skipped is appended here
 ) -> Iterator[dict]:  # key, meta, events, bold (frames, pixels), mask (height, width)
     "The samples of one shard, one at a time. Damage is an error that names shard, sample and member, or a noted skip."
+    url = os.fspath(url)
     if on_error not in ("raise", "skip") or (on_error == "skip" and problems is None):
         raise ValueError(
             "expected on_error='raise', or 'skip' with a list for the problems: a skip is never silent"
