@@ -487,9 +487,11 @@ def clip_loader(
         return DataLoader(clips, batch_size=batch_size, **options)
     return DataLoader(clips, batch_sampler=ClipSampler(clips, batch_size, train, seed, **place), **options)
 
-# %% ../nbs/02a_clips.ipynb #c2e8d221
+# %% ../nbs/02a_clips.ipynb #9453f006
 class ClipStream(IterableDataset):
-    "Clips of WebDataset shards, cut while they pass."
+    "Clips of WebDataset shards, cut while they pass. To continue a stopped training, set another epoch."
+
+    set_epoch = ClipDataset.set_epoch
 
     def __init__(
         self,
@@ -518,18 +520,11 @@ class ClipStream(IterableDataset):
         first = Shards(self.urls, tr=self.tr_given, on_error=on_error)
         self.layout, self.tr = layout or first.layout, next(iter(first)).tr if tr is None else tr
 
-    def set_epoch(self, epoch: int) -> None:
-        "Another order, other random starts; before iterating. Also to continue a stopped training."
-        self._epoch.fill_(epoch)
-
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self._stream()
 
     def __repr__(self) -> str:
-        how = f"{'endless' if self.train else 'every clip once'}, rank {self.rank} of {self.world}"
-        return (
-            f"ClipStream({len(self.urls)} shards, {self.rule.mode} clips of {self.rule.frames} frames, {how})"
-        )
+        return f"ClipStream({len(self.urls)} shards, {'endless' if self.train else 'every clip once'}, rank {self.rank} of {self.world}, {self.rule})"
 
 # %% ../nbs/02a_clips.ipynb #a542cd7a
 @patch
