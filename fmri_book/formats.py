@@ -1916,7 +1916,7 @@ def tensor(self: VolumeRuns, i: int) -> np.ndarray:  # (X, Y, Z, time) float16, 
         raise DamagedFile(f"{path}: expected one float16 tensor [X, Y, Z, time], found {found}")
     return tensor.numpy()
 
-# %% ../nbs/01d_formats.ipynb #5c0040ae
+# %% ../nbs/01d_formats.ipynb #5456bb23
 @patch
 def _said(self: VolumeRuns, i: int) -> dict:
     path = self.files[i].with_suffix(".json")
@@ -1947,7 +1947,9 @@ def _space_of_volumes(runs: VolumeRuns) -> Space:
     affine = np.asarray(affine, float)
     if axes == "LAS":
         mask, affine = mask[::-1], _flip_x(affine, len(mask))
-    name = hashlib.blake2b(np.packbits(mask).tobytes() + affine.tobytes(), digest_size=4).hexdigest()
+    name = hashlib.blake2b(
+        np.packbits(mask).tobytes() + affine.tobytes() + runs._reference.encode(), digest_size=4
+    ).hexdigest()
     return Space.from_mask(f"volume_{name}", mask, affine, runs._reference)
 
 # %% ../nbs/01d_formats.ipynb #50994cce
