@@ -16,6 +16,8 @@ from fmri_book import clips as C
 from fmri_book.clips import ClipDataset, ClipDecoder, ClipRule, ClipSampler, ClipStream, clip_loader, dense_batch
 from fmri_book.formats import ShardIndex, write_shards
 from fmri_book.storage import Layout, Record, Store, write_store
+import functools
+import operator
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -412,7 +414,7 @@ def test_stream_reads_exactly_once(tmp_path_factory, monkeypatch, world, workers
     lengths = [16 + 9 * i for i in range(runs)]
     write_shards(recordings(lengths, Layout.flat(np.ones((2, 3), bool))), folder, runs_per_shard=a_shard)
     make = lambda rank: ClipStream(folder, mode=mode, train=False, rank=rank, world=world)
-    found = sorted(sum(each_worker(monkeypatch, make, world, workers), []))
+    found = sorted(functools.reduce(operator.iadd, each_worker(monkeypatch, make, world, workers), []))
     alone = sorted((c["key"], int(c["start"])) for c in ClipStream(folder, mode=mode, train=False, rank=0, world=1))
     assert found == alone and len(found) == sum(n // 16 for n in lengths)
     if mode == "sequential":
@@ -425,11 +427,13 @@ def test_training_streams_differ_between_workers_and_repeat(made, monkeypatch):
         stream.set_epoch(epoch)
         return (clip for clip, _ in zip(stream, range(60), strict=False))
 
+    def sets():
+        one = [each_worker(monkeypatch, make, 2, 2) for _ in range(2)]
+        changed = [each_worker(monkeypatch, lambda r, new=new: make(r, **new), 2, 2) for new in ({"epoch": 1}, {"seed": 1})]
+        return *one, *changed
+
     with pytest.warns(UserWarning, match="sub-02.*12 frames, shorter than a clip"):
-        four = each_worker(monkeypatch, make, 2, 2)
-        again = each_worker(monkeypatch, make, 2, 2)
-        later = each_worker(monkeypatch, lambda r: make(r, epoch=1), 2, 2)
-        other = each_worker(monkeypatch, lambda r: make(r, seed=1), 2, 2)
+        four, again, later, other = sets()
     assert four == again and all(len(s) == 60 for s in four)
     assert len({tuple(s) for s in four + later + other}) == 12
     assert {key for s in four for key, _ in s} == {f"sub-{i:02d}_ses-1_task-rest" for i in (0, 1, 3, 4)}
@@ -438,8 +442,7 @@ def test_training_streams_differ_between_workers_and_repeat(made, monkeypatch):
 def test_stream_in_a_loader_gives_whole_batches(made):
     stream = ClipStream(made / "shards", mode="sequential", train=False)
     loader = clip_loader(stream, 4, workers=2)
-    with pytest.MonkeyPatch.context():
-        batches = list(loader)
+    batches = list(loader)
     found = sorted(i for b in batches for i in identity(b))
     store = ClipDataset(made / "store")
     assert found == sorted(identity(store.batch(range(len(store)))))
