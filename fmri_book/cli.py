@@ -37,134 +37,89 @@ def _patch_size(text: str) -> tuple[int, int]:
 def _list_of(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
-# %% ../nbs/A2_command_line.ipynb #a6ba15bb
+# %% ../nbs/A2_command_line.ipynb #2dd87f93
 def _reading(parser: argparse.ArgumentParser):
     "The options that say how recordings are read: the fields of `IngestOptions`."
-    group = parser.add_argument_group("how recordings are read")
-    add = group.add_argument
+    add = parser.add_argument_group("how recordings are read").add_argument
     add("--source-tr", type=float, metavar="SECONDS", help="the TR, if files have none or a wrong one")
     add("--source-space", metavar="SPACE", help="the space, if names and headers do not tell it")
+    add("--confounds", default="none", metavar="NAME", help="motion, simple, scrubbing, compcor, ica_aroma")
     add(
-        "--confounds",
-        default="none",
-        metavar="STRATEGY",
-        help="none, motion, simple, scrubbing, compcor, ica_aroma (default: none)",
+        "--censor", default="keep", metavar="HOW", help="frames that it rejects: keep (marked) or interpolate"
     )
     add(
-        "--censor",
-        default="keep",
-        choices=("keep", "interpolate"),
-        help="frames that the strategy rejects (default: keep, marked)",
+        "--max-censored", type=float, default=0.5, metavar="SHARE", help="refuse a run that loses more frames"
     )
-    add(
-        "--max-censored",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="refuse a run with more rejected frames (default: 0.5)",
-    )
-    add(
-        "--drop-first",
-        type=int,
-        metavar="N",
-        help="frames to drop (default: those that the confounds call non-steady)",
-    )
-    add("--min-seconds", type=float, default=60.0, metavar="S", help="refuse shorter runs (default: 60)")
-    add("--min-frames", type=int, default=16, metavar="N", help="refuse runs of fewer frames (default: 16)")
+    add("--drop-first", type=int, metavar="N", help="frames to drop, else the non-steady ones")
+    add("--min-seconds", type=float, default=60.0, metavar="S", help="refuse shorter runs")
+    add("--min-frames", type=int, default=16, metavar="N", help="refuse runs of fewer frames")
     add("--high-pass", type=float, metavar="HZ", help="remove what is slower")
     add("--low-pass", type=float, metavar="HZ", help="remove what is faster")
     add(
         "--nan",
         default="refuse",
-        choices=("refuse", "dead"),
-        help="a site with NaN: refuse the run, or set the site to 0",
+        metavar="HOW",
+        help="a site with NaN: refuse the run, or dead (0 throughout)",
     )
-    add(
-        "--max-dead",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="refuse a run with more constant sites (default: 0.5)",
-    )
+    add("--max-dead", type=float, default=0.5, metavar="SHARE", help="refuse a run with more constant sites")
     add("--atlas", metavar="FILE", help="label image or dlabel.nii, for --to parcels")
     add("--atlas-labels", metavar="FILE", help="names of its regions")
     add("--mask", metavar="FILE", help="brain mask, for --to volume")
 
-
+# %% ../nbs/A2_command_line.ipynb #f76dba02
 def _options(asked: argparse.Namespace) -> IngestOptions:
     from dataclasses import fields
     from fmri_book.ingest import IngestOptions
 
-    return IngestOptions(
-        **{f.name: getattr(asked, f.name) for f in fields(IngestOptions) if hasattr(asked, f.name)}
-    )
+    known = [f.name for f in fields(IngestOptions) if hasattr(asked, f.name)]
+    return IngestOptions(**{name: getattr(asked, name) for name in known})
 
-# %% ../nbs/A2_command_line.ipynb #daadd05d
+# %% ../nbs/A2_command_line.ipynb #dc0f6d5a
 def _prepare_parser(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("src", type=Path, help="a folder of recordings, or one file")
-    add("out", type=Path, help="a folder that does not exist yet (made in OUT.partial, renamed at the end)")
+    add("out", type=Path, help="a folder that does not exist yet (made in OUT.partial)")
     add(
         "--to",
         default="flat",
         metavar="SPACE",
-        help="flat, volume, parcels, or a space: see fmri-book list spaces (default: flat)",
+        help="flat, volume, parcels, or one of: fmri-book list spaces",
     )
-    add("--format", default="store", help="store, wds, arrow, h5 or pt (default: store)")
-    add(
-        "--tr",
-        type=_number_or_keep,
-        default=1.0,
-        metavar="SECONDS",
-        help="the TR of the output, or 'keep' (default: 1.0)",
-    )
+    add("--format", default="store", metavar="FORMAT", help="store, wds, arrow, h5 or pt")
+    add("--tr", type=_number_or_keep, default=1.0, metavar="SECONDS", help="the TR of the output, or 'keep'")
     add("--match-original", action="store_true", help="resample exactly as the published code does")
-    add(
-        "--normalise",
-        choices=("z", "none"),
-        help="z: each site over its run (default: z for flat maps, else none)",
-    )
-    add(
-        "--patch",
-        type=_patch_size,
-        metavar="N",
-        help="flat maps in a store: order the columns by patches of N × N pixels",
-    )
+    add("--normalise", metavar="HOW", help="z (each site over its run; always on flat maps) or none")
+    add("--patch", type=_patch_size, metavar="N", help="flat maps in a store: columns by patches of N × N")
     add("--pattern", metavar="GLOB", help="only files whose name or path matches")
     add("--limit", type=int, metavar="N", help="only the first N recordings, for a trial")
-    add("--workers", type=int, default=1, metavar="N", help="processes at once (default: 1)")
+    add("--workers", type=int, default=1, metavar="N", help="processes at once")
     add("--dask", metavar="ADDRESS", help="'local', or a Dask scheduler, instead of --workers")
     add("--dry-run", action="store_true", help="say what would be done, write nothing")
     add(
-        "--overwrite",
-        action="store_true",
-        help="replace a finished output, drop an unfinished one of other settings",
+        "--overwrite", action="store_true", help="replace an output, drop an unfinished one of other settings"
     )
     _reading(parser)
     group = parser.add_argument_group("split by people")
-    group.add_argument(
-        "--split",
-        type=_shares,
-        metavar="SHARES",
-        help="train, validation, test: .8,.1,.1; or a file of fmri-book split",
-    )
-    _grouping(group)
-    group.add_argument("--participants", metavar="FILE", help="participants.tsv (default: the one in SRC)")
+    group.add_argument("--split", type=_shares, metavar="SHARES", help="such as .8,.1,.1; or a file")
+    group.add_argument("--participants", metavar="FILE", help="participants.tsv, else the one in SRC")
+    _grouping(group.add_argument)
 
-
-def _grouping(group):
-    add = group.add_argument
+# %% ../nbs/A2_command_line.ipynb #e35cceb8
+def _grouping(add):
     add("--groups", type=_list_of, metavar="COLUMNS", help="never torn apart, for instance subject,family")
-    add(
-        "--hold-out-site",
-        action="append",
-        metavar="SITE",
-        help="a site that is in the test part only; may be repeated",
-    )
+    add("--hold-out-site", action="append", metavar="SITE", help="in the test part only; may be repeated")
     add("--stratify", metavar="COLUMN", help="a column of which every part should have its share")
-    add("--seed", type=int, default=0, help="of the split (default: 0)")
+    add("--seed", type=int, default=0, help="of the split")
 
-# %% ../nbs/A2_command_line.ipynb #8d59ec19
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    "Help that tells the default, where there is one."
+
+    def _get_help_string(self, action):
+        quiet = action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
+        return action.help if quiet else f"{action.help} (default: {action.default})"
+
+# %% ../nbs/A2_command_line.ipynb #b357afa7
 EXIT_CODES = """exit status:
   0    done (recordings that a rule refused are counted and named)
   1    something failed: a damaged file, a worker that died, a full disk, or nothing could be used
@@ -173,76 +128,63 @@ EXIT_CODES = """exit status:
 
 
 def _parser() -> argparse.ArgumentParser:
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "fmri-book",
-        description="fMRI recordings, ready for foundation models.",
-        epilog=EXIT_CODES,
-        formatter_class=plain,
-    )
+    same = dict(epilog=EXIT_CODES, formatter_class=_Help)
+    parser = argparse.ArgumentParser("fmri-book", description="fMRI recordings, ready for models.", **same)
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name, does, text):
-        found = commands.add_parser(
-            name, help=text, description=text, epilog=EXIT_CODES, formatter_class=plain
-        )
+        found = commands.add_parser(name, help=text, description=text, **same)
         found.add_argument("--json", action="store_true", help="the result as JSON on standard output")
         found.set_defaults(does=does)
         return found
 
-    inspect = command(
-        "inspect", _inspect, "what a file or folder is, and which of the four models would take it"
-    )
-    inspect.add_argument("paths", nargs="+", type=Path, metavar="FILE")
-    _reading(inspect)
-    _prepare_parser(
-        command("prepare", _prepare, "turn recordings into one finished data set; killed, it goes on")
-    )
-    convert = command("convert", _convert, "from any of the formats into any other")
-    convert.add_argument("src", help="a prepared data set, shards (also by URL), or a file")
-    convert.add_argument("dst", type=Path, help="a folder that does not exist yet")
-    convert.add_argument("--format", required=True, help="store, wds, arrow, h5 or pt")
-    convert.add_argument(
-        "--source-tr", type=float, metavar="SECONDS", help="the TR, where the source does not hold it"
-    )
-    convert.add_argument(
-        "--overwrite", action="store_true", help="replace what is at DST, in one step at the end"
-    )
-    _more_commands(command)
+    _prepare_parser(command("prepare", _prepare, "turn recordings into one data set; killed, it goes on"))
+    _data_commands(command)
+    _other_commands(command)
     return parser
 
-# %% ../nbs/A2_command_line.ipynb #b555cb5b
-def _more_commands(command):
-    verify = command(
-        "verify", _verify, "read every byte and compare with the checksums; 0 only if all is accounted for"
-    )
-    verify.add_argument("paths", nargs="+", type=Path, metavar="PATH")
-    split = command("split", _split, "divide people into training, validation and test, once, without leaks")
-    split.add_argument("participants", type=Path, help="participants.tsv, or CSV with the column subject")
-    split.add_argument("out", type=Path, help="the split as JSON; with --check, one that is there")
-    split.add_argument(
-        "--shares", type=_shares, default=(0.8, 0.1, 0.1), help="train, validation, test (default: .8,.1,.1)"
-    )
-    split.add_argument(
-        "--check", action="store_true", help="only check that an existing split has no leak in this table"
-    )
-    _grouping(split)
-    listing = command("list", _list, "what is known here: datasets, spaces or formats")
-    listing.add_argument("what", choices=("datasets", "spaces", "formats"))
-    fetch = command("fetch", _fetch, "download a public data set by name; its licence is shown first")
-    fetch.add_argument("name", help="see fmri-book list datasets")
-    fetch.add_argument("folder", nargs="?", type=Path, help="where to (default: a folder of that name)")
-    fetch.add_argument(
-        "--accept-licence", action="store_true", help="you have read the terms that are shown without it"
-    )
-    fetch.add_argument("--n", type=int, default=1, help="how many files or people; 0 for all (default: 1)")
+# %% ../nbs/A2_command_line.ipynb #dbebf2c2
+def _data_commands(command):
+    add = (
+        inspect := command("inspect", _inspect, "what a file is, and which model would take it")
+    ).add_argument
+    add("paths", nargs="+", type=Path, metavar="FILE")
+    _reading(inspect)
+    add = command("convert", _convert, "from any of the formats into any other").add_argument
+    add("src", help="a prepared data set, shards (also by URL), or a file")
+    add("dst", type=Path, help="a folder that does not exist yet")
+    add("--format", required=True, help="store, wds, arrow, h5 or pt")
+    add("--source-tr", type=float, metavar="SECONDS", help="the TR, where the source does not hold it")
+    add("--overwrite", action="store_true", help="replace what is at DST, in one step at the end")
+    add = command("verify", _verify, "compare every byte with the checksums; 0 only if all fit").add_argument
+    add("paths", nargs="+", type=Path, metavar="PATH")
 
-# %% ../nbs/A2_command_line.ipynb #01510ae8
+
+def _other_commands(command):
+    add = command("split", _split, "divide people into parts, once, without leaks").add_argument
+    add("participants", type=Path, help="participants.tsv, or CSV with the column subject")
+    add("out", type=Path, help="the split as JSON; with --check, one that is there")
+    add("--shares", type=_shares, default=(0.8, 0.1, 0.1), help="train, validation, test")
+    add("--check", action="store_true", help="only look for leaks in a split that is there")
+    _grouping(add)
+    add = command("list", _list, "what is known here: datasets, spaces or formats").add_argument
+    add("what", choices=("datasets", "spaces", "formats"))
+    add = command("fetch", _fetch, "a public data set by name; its licence is shown first").add_argument
+    add("name", help="see fmri-book list datasets")
+    add("folder", nargs="?", type=Path, help="where to (a folder of that name if left out)")
+    add("--accept-licence", action="store_true", help="you have read the terms that are shown without it")
+    add("--n", type=int, default=1, help="how many files or people; 0 for all")
+
+# %% ../nbs/A2_command_line.ipynb #c5cbb21a
+def _print_json(facts):
+    print(json.dumps(facts, indent=1, ensure_ascii=False, default=str))
+
+
 def _inspect(asked) -> int:
     told = [_told(path, asked) for path in asked.paths]
     if asked.json:
-        print(json.dumps(told, indent=1, ensure_ascii=False, default=str))
+        _print_json(told)
     else:
         print("\n\n".join(map(_in_words, told)))
     return int(any(t["what"].startswith(("damaged", "unknown")) for t in told))
@@ -272,7 +214,7 @@ def _folder(path: Path, asked) -> dict:
     subjects = len({s.subject for s in found.sources})
     return dict(path=str(path), what=what, recordings=counts, subjects=subjects, problems=problems)
 
-# %% ../nbs/A2_command_line.ipynb #9598c747
+# %% ../nbs/A2_command_line.ipynb #e23c24aa
 _FITS = {
     "flat-map MAE": ("flat maps", lambda layout: layout.space == "flat"),
     "BrainLM": ("424 regions (A424)", lambda layout: layout.n_sites == 424),
@@ -314,7 +256,7 @@ def _prepared(path: Path, kind: str) -> dict:
         )
     return facts | dict(manifest=whole, models=models)
 
-
+# %% ../nbs/A2_command_line.ipynb #7171f101
 def _in_words(told: dict) -> str:
     "The same for people."
     lines = [str(told["path"]), f"  {told['what']}"]
@@ -353,7 +295,7 @@ def _in_words(told: dict) -> str:
         )
     return "\n".join(lines)
 
-# %% ../nbs/A2_command_line.ipynb #7ca37162
+# %% ../nbs/A2_command_line.ipynb #90466e4e
 def _prepare(asked) -> int:
     from fmri_book.prepare import prepare
 
@@ -362,39 +304,17 @@ def _prepare(asked) -> int:
         raise ValueError("expected --split with --groups, --hold-out-site and --participants, found none")
     if isinstance(split, tuple):
         split = _split_options(split, asked)
-    report = prepare(
-        asked.src,
-        asked.out,
-        to=asked.to,
-        format=asked.format,
-        options=_options(asked),
-        tr=asked.tr,
-        match_original=asked.match_original,
-        normalise=asked.normalise,
-        patch=asked.patch,
-        pattern=asked.pattern,
-        limit=asked.limit,
-        split=split,
-        participants=asked.participants,
-        workers=asked.workers,
-        dask=asked.dask,
-        dry_run=asked.dry_run,
-        overwrite=asked.overwrite,
-    )
+    same = "to format tr match_original normalise patch pattern limit participants workers dask dry_run overwrite"
+    options = {name: getattr(asked, name) for name in same.split()}
+    report = prepare(asked.src, asked.out, options=_options(asked), split=split, **options)
     if asked.json:
         rows = json.loads(report.table.to_json(orient="records"))
-        print(
-            json.dumps(
-                dict(out=str(report.out), counts=report.counts, note=report.note, runs=rows),
-                indent=1,
-                ensure_ascii=False,
-            )
-        )
+        _print_json(dict(out=str(report.out), counts=report.counts, note=report.note, runs=rows))
     else:
         print(report)
     return report.exit_status
 
-
+# %% ../nbs/A2_command_line.ipynb #b5f94360
 def _split_options(shares: tuple, asked) -> dict:
     parts = ("train", "validation", "test")
     if len(shares) != 3:
@@ -405,14 +325,14 @@ def _split_options(shares: tuple, asked) -> dict:
         fractions=shares, groups=asked.groups, hold_out=hold_out, stratify=asked.stratify, seed=asked.seed
     )
 
-# %% ../nbs/A2_command_line.ipynb #7cbc9eb0
+# %% ../nbs/A2_command_line.ipynb #d462b51b
 def _convert(asked) -> int:
     from fmri_book.formats import convert
 
     options = {"tr": asked.source_tr} if asked.source_tr else None
     written = convert(asked.src, asked.dst, asked.format, overwrite=asked.overwrite, source_options=options)
     if asked.json:
-        print(json.dumps(asdict(written), default=str, ensure_ascii=False))
+        _print_json(asdict(written))
     else:
         print(f"{written.path}: {written.runs} runs, {written.frames} frames as {written.format}")
         for note in written.notes:
@@ -425,16 +345,12 @@ def _verify(asked) -> int:
 
     found = {str(path): verify(path, progress=False) for path in asked.paths}
     if asked.json:
-        print(
-            json.dumps(
-                {path: asdict(v) | {"ok": v.ok} for path, v in found.items()}, indent=1, ensure_ascii=False
-            )
-        )
+        _print_json({path: asdict(v) | {"ok": v.ok} for path, v in found.items()})
     else:
         print("\n".join(f"{path}: {v}" for path, v in found.items()))
     return int(not all(v.ok for v in found.values()))
 
-# %% ../nbs/A2_command_line.ipynb #f8e6dbfe
+# %% ../nbs/A2_command_line.ipynb #5a1dd1bd
 def _split(asked) -> int:
     from fmri_book.prepare import read_participants
     from fmri_book.splits import Split, make_split
@@ -448,20 +364,19 @@ def _split(asked) -> int:
             raise ValueError(f"expected numbers such as .8,.1,.1 for --shares, found {asked.shares!r}")
         split = make_split(table, **_split_options(asked.shares, asked))
         split.save(asked.out)
-    print(
-        json.dumps(split.to_dict(), ensure_ascii=False)
-        if asked.json
-        else f"{asked.out}: {split}\n{split.table.to_string()}"
-    )
-    for note in () if asked.json else split.notes:
-        print(f"  note: {note}")
+    if asked.json:
+        _print_json(split.to_dict())
+    else:
+        print(
+            f"{asked.out}: {split}", split.table.to_string(), *(f"  note: {n}" for n in split.notes), sep="\n"
+        )
     return 0
 
-
+# %% ../nbs/A2_command_line.ipynb #3114e69a
 def _list(asked) -> int:
     rows = {"datasets": _datasets, "spaces": _spaces, "formats": _formats}[asked.what]()
     if asked.json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        _print_json(rows)
     else:
         width = max(map(len, rows))
         print("\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()))
@@ -494,7 +409,7 @@ def _formats() -> dict[str, str]:
 
     return dict(FORMATS)
 
-
+# %% ../nbs/A2_command_line.ipynb #fbc178f0
 def _fetch(asked) -> int:
     from fmri_book.public_data import fetch
 
@@ -503,7 +418,7 @@ def _fetch(asked) -> int:
     print(json.dumps([str(f) for f in files]) if asked.json else f"{len(files)} files in {folder}")
     return 0
 
-# %% ../nbs/A2_command_line.ipynb #ced11fd5
+# %% ../nbs/A2_command_line.ipynb #1528119e
 def _status_of(error: BaseException) -> int:
     "2 if the call cannot be meant, 1 if something went wrong on the way."
     names = {c.__name__ for c in type(error).__mro__}
@@ -529,7 +444,7 @@ def _say(error: BaseException) -> int:
         print("this is a fault of fmri-book; FMRI_BOOK_DEBUG=1 shows where", file=sys.stderr)
     return _status_of(error)
 
-
+# %% ../nbs/A2_command_line.ipynb #080c7bec
 def _stopped(asked) -> int:
     "After Ctrl-C, or when the batch system ends the job."
     print("fmri-book: stopped", file=sys.stderr)
@@ -544,11 +459,11 @@ def _stopped(asked) -> int:
         )
     return 130
 
-# %% ../nbs/A2_command_line.ipynb #a4f63343
+# %% ../nbs/A2_command_line.ipynb #f39e89d0
 def _interrupted(*_) -> NoReturn:
     raise KeyboardInterrupt
 
-
+# %% ../nbs/A2_command_line.ipynb #1cc66bd8
 def main(
     arguments: Sequence[str] | None = None,  # default: those of the command line
 ) -> int:  # the exit status

@@ -72,7 +72,7 @@ class Settings:
             settle(self, "patch", (self.patch, self.patch))
         self._check()
 
-# %% ../nbs/02b_prepare.ipynb #9641ecd2
+# %% ../nbs/02b_prepare.ipynb #c834f26e
 TARGETS = (*data.SPACES, "flat", "volume", "parcels")
 FORMATS = ("store", "wds", "arrow", "h5", "pt")
 
@@ -99,7 +99,7 @@ def _check(self: Settings):
     if self.to == "parcels" and self.options.atlas is None:
         raise ValueError("expected options.atlas, a label file, for to='parcels', found none")
 
-
+# %% ../nbs/02b_prepare.ipynb #4c475b4f
 @patch(as_prop=True)
 def dtype(self: Settings) -> str:
     "float16 where values are z-scores, float32 for raw units."
@@ -160,7 +160,7 @@ def flat_frames(
         frames[start : start + block] = drawn
     return frames
 
-# %% ../nbs/02b_prepare.ipynb #ae197c7a
+# %% ../nbs/02b_prepare.ipynb #c61f64e2
 def _zscored(run: Run) -> tuple[Run, list[Decision]]:
     "Each site of the cortex in its own standard deviations, everything else 0."
     z = data.zscore(run.bold)
@@ -205,14 +205,23 @@ def make_record(
     meta = {"history": run.meta.get("history", []), **dict(source.facts)}
     return Record(values, run.tr, **who, events=run.events, meta=meta), layout, decisions
 
-# %% ../nbs/02b_prepare.ipynb #0e2bfd7d
+# %% ../nbs/02b_prepare.ipynb #c570d335
+def _write_gifti(path: Path, run: Run, side: str):
+    "One hemisphere of a run, as surface software writes it: an array for each frame."
+    import nibabel as nib
+
+    structure = {"L": "CortexLeft", "R": "CortexRight"}[side]
+    meta = {"AnatomicalStructurePrimary": structure, "TimeStep": str(1000 * run.tr)}
+    kind = dict(intent="NIFTI_INTENT_TIME_SERIES", datatype="NIFTI_TYPE_FLOAT32", meta=meta)
+    arrays = [nib.gifti.GiftiDataArray(f, **kind) for f in run.bold[:, run.sites.hemisphere == side]]
+    nib.save(nib.GiftiImage(darrays=arrays, meta=nib.gifti.GiftiMetaData(meta)), path)
+
+
 def write_simulated_bids(
     folder: str | Path,
     runs: Sequence[Run],  # on a surface or on parcels
 ) -> Path:
     "Runs as a folder of BIDS derivatives: GIFTI pairs for surfaces, .npy for parcels; events and sidecars beside them."
-    import nibabel as nib
-
     folder = Path(folder)
     for run in runs:
         here = folder / f"sub-{run.subject}" / f"ses-{run.session}" / "func"
@@ -220,18 +229,10 @@ def write_simulated_bids(
         stem = f"sub-{run.subject}_ses-{run.session}_task-{run.task}"
         if run.sites.kind == "parcels":
             np.save(here / f"{stem}_space-{run.space}_bold.npy", run.bold)
-            (here / f"{stem}_space-{run.space}_bold.json").write_text(json.dumps({"RepetitionTime": run.tr}))
         else:
-            for side, structure in (("L", "CortexLeft"), ("R", "CortexRight")):
-                frames = run.bold[:, run.sites.hemisphere == side]
-                meta = {"AnatomicalStructurePrimary": structure, "TimeStep": str(1000 * run.tr)}
-                arrays = [
-                    nib.gifti.GiftiDataArray(f, "NIFTI_INTENT_TIME_SERIES", "NIFTI_TYPE_FLOAT32", meta=meta)
-                    for f in frames
-                ]
-                image = nib.GiftiImage(darrays=arrays, meta=nib.gifti.GiftiMetaData(meta))
-                nib.save(image, here / f"{stem}_space-{run.space}_hemi-{side}_bold.func.gii")
-            (here / f"{stem}_space-{run.space}_bold.json").write_text(json.dumps({"RepetitionTime": run.tr}))
+            for side in "LR":
+                _write_gifti(here / f"{stem}_space-{run.space}_hemi-{side}_bold.func.gii", run, side)
+        (here / f"{stem}_space-{run.space}_bold.json").write_text(json.dumps({"RepetitionTime": run.tr}))
         if run.events is not None:
             run.events.to_csv(here / f"{stem}_events.tsv", sep="\t", index=False)
     return folder
@@ -269,7 +270,7 @@ def _save_result(job: Job, **facts) -> dict:
         temporary.write_text(json.dumps(result))
     return result
 
-# %% ../nbs/02b_prepare.ipynb #d897f0fa
+# %% ../nbs/02b_prepare.ipynb #8a8c0fb6
 def _finish(job: Job) -> dict:
     "Make a record, write it, and say so."
     record, layout, decisions = make_record(job.source, job.settings)
@@ -281,7 +282,7 @@ def _finish(job: Job) -> dict:
     facts = dict(layout=layout.digest, frames=record.n_frames, tr=record.tr, decisions=said)
     return _save_result(job, status="done", reason="", **facts)
 
-
+# %% ../nbs/02b_prepare.ipynb #8741b61c
 def work(job: Job) -> dict:  # the result; 'failed' instead of an exception
     "What a worker does with one recording."
     import resource
@@ -360,7 +361,7 @@ def _close(pools: list, at_once: bool):
             process.kill()
         pool.shutdown(wait=not at_once, cancel_futures=True)
 
-# %% ../nbs/02b_prepare.ipynb #f561b1d1
+# %% ../nbs/02b_prepare.ipynb #3011da69
 def in_processes(
     jobs: Sequence[Job],
     workers: int,
@@ -397,7 +398,7 @@ def in_processes(
     finally:
         _close(pools, at_once=not complete)
 
-
+# %% ../nbs/02b_prepare.ipynb #daaa392c
 def _check_start(pools: list):
     "Can workers start at all? In a script they import the script, and must not run it."
     from concurrent.futures.process import BrokenProcessPool
@@ -420,7 +421,7 @@ def in_this_process(jobs: Sequence[Job]) -> Iterator[Event]:
 def _dead(job: Job) -> dict:
     return {"key": job.source.key, "status": "failed", "reason": DIED, "decisions": [], "end": time.time()}
 
-# %% ../nbs/02b_prepare.ipynb #55e7de27
+# %% ../nbs/02b_prepare.ipynb #a2e681de
 @contextmanager
 def _client(address: str, workers: int):
     "Dask's scheduler at an address, or 'local': worker processes on this machine."
@@ -434,7 +435,7 @@ def _client(address: str, workers: int):
     with LocalCluster(**options) as cluster, Client(cluster) as client:
         yield client
 
-
+# %% ../nbs/02b_prepare.ipynb #6444f523
 def in_dask(
     jobs: Sequence[Job],
     address: str,  # 'local', 'tcp://host:8786', or the path of a scheduler file (.json)
@@ -464,7 +465,7 @@ def in_dask(
                 running.add(hand_over())
             yield Event("end", who, job, result)
 
-# %% ../nbs/02b_prepare.ipynb #1ca63e0d
+# %% ../nbs/02b_prepare.ipynb #d920442c
 class Different(ValueError):
     "There is an output of that name already, made in another way."
 
@@ -576,7 +577,7 @@ def _find(src: Path, out: Path, settings: Settings, pattern: str | None, limit: 
     root = src if src.is_dir() else src.parent
     return Found(root, sources, {k: fingerprint(s, root) for k, s in sources.items()}, seen.problems)
 
-# %% ../nbs/02b_prepare.ipynb #6cdff974
+# %% ../nbs/02b_prepare.ipynb #ba86ca8f
 PARTS = ("train", "validation", "test")
 
 
@@ -588,7 +589,7 @@ def read_participants(path: str | Path) -> pd.DataFrame:
     table = pd.read_csv(path, sep="," if comma else "\t", dtype=str, keep_default_na=False)
     return table.rename(columns={"participant_id": "subject"})
 
-
+# %% ../nbs/02b_prepare.ipynb #402f7e5f
 def _planned_split(split: Any, participants: Any, found: Found):
     "The split of the subjects that were found, or None; every leak is an error."
     import pandas as pd
@@ -619,7 +620,7 @@ def _planned_split(split: Any, participants: Any, found: Found):
         )
     return known
 
-# %% ../nbs/02b_prepare.ipynb #ce2f6149
+# %% ../nbs/02b_prepare.ipynb #dcae882e
 def _n_sites(settings: Settings, facts: dict) -> float:
     "Columns of the output, for an estimate."
     if settings.to == "flat":
@@ -638,7 +639,7 @@ def _bytes_of(settings: Settings, facts: dict) -> float:
         1 if settings.format == "store" else 2.2
     )  # other formats are made from a store, then it goes
 
-
+# %% ../nbs/02b_prepare.ipynb #9a6b5022
 def _look(jobs: list[Job], bar, slow: float = 5) -> tuple[list[Job], list[dict], float]:
     "From headers alone: what is worth a worker, what a rule refuses, and how many bytes it will be, about."
     good, refused, sizes = [], [], []
@@ -669,7 +670,7 @@ def _look(jobs: list[Job], bar, slow: float = 5) -> tuple[list[Job], list[dict],
         bar.update()
     return good, refused, len(good) * float(np.mean(sizes)) if sizes else 0.0
 
-
+# %% ../nbs/02b_prepare.ipynb #ad7e4483
 def readable(n_bytes: float) -> str:
     "A number of bytes as people write it."
     for unit in ("B", "kB", "MB", "GB", "TB"):
@@ -686,7 +687,7 @@ def _check_room(folder: Path, needed: float):
             "nothing was begun; make room or choose another place"
         )
 
-# %% ../nbs/02b_prepare.ipynb #d0fc3115
+# %% ../nbs/02b_prepare.ipynb #15f50b9e
 @dataclass
 class Report:
     "What `prepare` did with every recording."
@@ -706,29 +707,22 @@ class Report:
         "1 if anything failed or nothing could be used, else 0."
         return int(self.counts.get("failed", 0) > 0 or not set(self.counts) & {"done", "kept", "planned"})
 
-    def __str__(self) -> str:
-        said = ", ".join(f"{n} {status}" for status, n in self.counts.items()) or "no recordings"
-        lines = [f"{self.out}: {said}" + (f" in {self.seconds:.1f} s" if self.seconds else "")]
-        lines += [self.note] if self.note else []
-        bad = self.table[self.table["status"].isin(["refused", "failed"])]
-        for (status, reason), rows in list(bad.groupby(["status", "reason"], sort=False))[:10]:
-            others = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-            lines.append(f"  {status:>7}  {rows.iloc[0]['key']}{others}: {reason}")
-        lines += (
-            [f"  … and other reasons: the report has all {len(bad)}"]
-            if bad.groupby(["status", "reason"]).ngroups > 10
-            else []
-        )
-        return "\n".join(
-            lines
-            + (
-                [f"{len(self.not_needed)} other files or versions were not needed"]
-                if len(self.not_needed)
-                else []
-            )
-        )
+# %% ../nbs/02b_prepare.ipynb #7adbfe3c
+@patch
+def __str__(self: Report) -> str:
+    said = ", ".join(f"{n} {status}" for status, n in self.counts.items()) or "no recordings"
+    lines = [f"{self.out}: {said}" + (f" in {self.seconds:.1f} s" if self.seconds else "")]
+    lines += [self.note] if self.note else []
+    bad = self.table[self.table["status"].isin(["refused", "failed"])]
+    reasons = list(bad.groupby(["status", "reason"], sort=False))
+    for (status, reason), rows in reasons[:10]:
+        others = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        lines.append(f"  {status:>7}  {rows.iloc[0]['key']}{others}: {reason}")
+    lines += [f"  … and {len(reasons) - 10} other reasons: the report has all of them"] * (len(reasons) > 10)
+    lines += [f"{len(self.not_needed)} other files or versions were not needed"] * (len(self.not_needed) > 0)
+    return "\n".join(lines)
 
-# %% ../nbs/02b_prepare.ipynb #bd2ed55d
+# %% ../nbs/02b_prepare.ipynb #e18edfd3
 _COLUMNS = (
     "key",
     "subject",
@@ -746,20 +740,21 @@ _COLUMNS = (
 )
 
 
+def _row(source: Source, result: dict, root: Path) -> dict:
+    row = {name: getattr(source, name) for name in ("key", "subject", "session", "task", "run", "kind")}
+    files = [os.path.relpath(f, root) for f in source.files]
+    row["file"] = " + ".join(files) + (f" [{source.member}]" if source.member else "")
+    row |= {name: result.get(name) for name in ("status", "reason", "frames", "tr")}
+    row["seconds"] = round(row["frames"] * row["tr"], 3) if row["frames"] else None
+    said = [f"{d['level']}: {Decision(**d).reason}" for d in result["decisions"]]
+    return row | {"decisions": " | ".join(said)}
+
+# %% ../nbs/02b_prepare.ipynb #e39685c3
 def _table(found: Found, results: dict[str, dict]) -> pd.DataFrame:
     "One row a recording, sorted by key."
     import pandas as pd
 
-    rows = []
-    for key, source in sorted(found.sources.items()):
-        result = results[key]
-        row = {name: getattr(source, name) for name in ("key", "subject", "session", "task", "run", "kind")}
-        files = [os.path.relpath(f, found.root) for f in source.files]
-        row["file"] = " + ".join(files) + (f" [{source.member}]" if source.member else "")
-        row |= {name: result.get(name) for name in ("status", "reason", "frames", "tr")}
-        row["seconds"] = round(row["frames"] * row["tr"], 3) if row["frames"] else None
-        said = [f"{d['level']}: {Decision(**d).reason}" for d in result["decisions"]]
-        rows.append(row | {"decisions": " | ".join(said)})
+    rows = [_row(source, results[key], found.root) for key, source in found.sources.items()]
     for problem in found.refused:
         rows.append(
             {
@@ -771,14 +766,14 @@ def _table(found: Found, results: dict[str, dict]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=list(_COLUMNS)).sort_values("key", kind="stable", ignore_index=True)
     return table.astype({"frames": "Int64", "tr": "float64", "seconds": "float64"})
 
-
+# %% ../nbs/02b_prepare.ipynb #aaf55733
 def _not_needed(found: Found) -> pd.DataFrame:
     import pandas as pd
 
     rows = [(p.where, p.what, p.remedy) for p in found.problems if p.level != "refuse"]
     return pd.DataFrame(rows, columns=["where", "what", "remedy"])
 
-# %% ../nbs/02b_prepare.ipynb #018c293c
+# %% ../nbs/02b_prepare.ipynb #49d00630
 def _one_layout(results: dict[str, dict]) -> str | None:
     "The layout that most runs have (in a tie, that of the first key); runs of another are refused."
     done = [results[k] for k in sorted(results) if results[k].get("layout")]
@@ -792,7 +787,7 @@ def _one_layout(results: dict[str, dict]) -> str | None:
             results[r["key"]] = r | {"status": "refused", "reason": why, "frames": None}
     return best
 
-
+# %% ../nbs/02b_prepare.ipynb #df4e139d
 def _write_papers(folder: Path, found: Found, table: pd.DataFrame, facts: dict, split) -> list[str]:
     "What travels with the data: report, settings, the files it was made from, the split."
     plain = table.assign(status=table["status"].replace("kept", "done"))
@@ -810,7 +805,7 @@ def _write_papers(folder: Path, found: Found, table: pd.DataFrame, facts: dict, 
             temporary.write_text(text, encoding="utf-8")
     return list(papers)
 
-# %% ../nbs/02b_prepare.ipynb #378369c8
+# %% ../nbs/02b_prepare.ipynb #8fe4d4bf
 def _link(source: str, target: str):
     "The same bytes under a second name; a copy where the file system has no links."
     try:
@@ -820,7 +815,7 @@ def _link(source: str, target: str):
             raise
         shutil.copy2(source, target)
 
-
+# %% ../nbs/02b_prepare.ipynb #2ddcd379
 def _assemble(
     partial: Path, layout: str, found: Found, results: dict, settings: Settings, facts: dict, split
 ) -> Path:
@@ -851,7 +846,7 @@ def _assemble(
     write_manifest(ready, settings.format, runs=len(keys), settings=facts)
     return ready
 
-# %% ../nbs/02b_prepare.ipynb #b0276676
+# %% ../nbs/02b_prepare.ipynb #d7ba5e63
 def _publish(ready: Path, out: Path, partial: Path):
     "Verify, rename, clean up: in this order."
     checked = verify(ready)
@@ -875,11 +870,9 @@ def _clean_up(out: Path, partial: Path):
             shutil.rmtree(path)
     shutil.rmtree(partial)
 
-
+# %% ../nbs/02b_prepare.ipynb #2bc7e31f
 def _already(out: Path, facts: dict, found: Found, overwrite: bool) -> Report | None:
     "What to say if the output is there: nothing to do, or why this call cannot have meant it."
-    import pandas as pd
-
     if not out.exists():
         return None
     papers = _read_json(out / "prepare.json") if out.is_dir() else None
@@ -906,21 +899,19 @@ def _already(out: Path, facts: dict, found: Found, overwrite: bool) -> Report | 
     ):  # killed between the rename and the last broom
         with _alone(partial):
             _clean_up(out, partial)
-    table = pd.read_csv(
-        out / "report.csv",
-        dtype={c: str for c in _COLUMNS[:9]},
-        keep_default_na=False,
-        na_values={"frames": "", "tr": "", "seconds": ""},
-    )
-    table["status"] = table["status"].replace("done", "kept")
-    return Report(
-        out,
-        table,
-        pd.read_csv(out / "not_needed.csv"),
-        note="nothing to do: it is finished, with these settings and from these files",
-    )
+    return _as_before(out)
 
-# %% ../nbs/02b_prepare.ipynb #7c99fb72
+# %% ../nbs/02b_prepare.ipynb #cf9d1806
+def _as_before(out: Path) -> Report:
+    import pandas as pd
+
+    text, empty = {c: str for c in _COLUMNS[:9]}, {c: "" for c in ("frames", "tr", "seconds")}
+    table = pd.read_csv(out / "report.csv", dtype=text, keep_default_na=False, na_values=empty)
+    table["status"] = table["status"].replace("done", "kept")
+    note = "nothing to do: it is finished, with these settings and from these files"
+    return Report(out, table, pd.read_csv(out / "not_needed.csv"), note)
+
+# %% ../nbs/02b_prepare.ipynb #ea6101e0
 def read_journal(
     path: str | Path,  # OUT.journal.jsonl, or OUT.partial/journal.jsonl
 ) -> pd.DataFrame:  # one row a line: what, worker, key, time, status, start, end, peak_mb, pid
@@ -935,7 +926,7 @@ def read_journal(
             continue
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/02b_prepare.ipynb #a4c50183
 class _Journal:
     def __init__(self, path: Path):
         torn = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
@@ -950,9 +941,11 @@ class _Journal:
         seen = {k: v for k, v in (e.result or {}).items() if k not in ("files", "decisions", "layout", "key")}
         self.note(e.what, worker=e.worker, key=e.job.source.key, **seen)
 
-# %% ../nbs/02b_prepare.ipynb #0429f130
+# %% ../nbs/02b_prepare.ipynb #e80cb555
 def _do(jobs: list[Job], results: dict, journal: _Journal, bar, workers: int, dask: str | None, retries: int):
     "All jobs, by whoever does them."
+    if workers < 0:
+        raise ValueError(f"expected 0 workers or more, found {workers}")
     if dask:
         events = in_dask(jobs, dask, max(1, workers), retries)
     else:
@@ -973,7 +966,7 @@ def _do(jobs: list[Job], results: dict, journal: _Journal, bar, workers: int, da
     finally:
         events.close()
 
-
+# %% ../nbs/02b_prepare.ipynb #86b6f5ad
 def _make_all(found: Found, settings: Settings, partial: Path, how: dict, progress: bool) -> dict[str, dict]:
     "Every recording's result: kept, refused from its header, or made now."
     from tqdm import tqdm
@@ -996,7 +989,7 @@ def _make_all(found: Found, settings: Settings, partial: Path, how: dict, progre
             _do(jobs, results, journal, bar, **how)
     return results
 
-# %% ../nbs/02b_prepare.ipynb #463a3234
+# %% ../nbs/02b_prepare.ipynb #e8d01df9
 def prepare(
     src: str | Path,  # a folder of recordings, or one file
     out: str | Path,  # a folder that does not exist yet; made in `out`.partial
@@ -1022,8 +1015,6 @@ def prepare(
 ) -> Report:
     "Recordings into one finished data set. Killed at any moment, the same call goes on where it was."
     start, src, out = time.time(), Path(src).absolute(), Path(out).absolute()
-    if workers < 0:
-        raise ValueError(f"expected 0 workers or more, found {workers}")
     settings = Settings(to, format, options, tr, match_original, normalise, scale, patch)
     found = _find(src, out, settings, pattern, limit)
     planned = _planned_split(split, participants, found)
@@ -1032,20 +1023,26 @@ def prepare(
         return _would(found, settings, out)
     if report := _already(out, facts, found, overwrite):
         return report
-    how = dict(workers=workers, dask=dask, retries=retries)
-    try:
+    with _full_disk_said(out):
+        how = dict(workers=workers, dask=dask, retries=retries)
         results = _through(found, settings, out, facts, planned, overwrite, how, progress)
+    report = Report(out, _table(found, results), _not_needed(found), seconds=round(time.time() - start, 2))
+    if (left := partial_folder(out)).exists():
+        report.note = f"nothing could be used, so there is no output; the report is in {left}"
+    return report
+
+# %% ../nbs/02b_prepare.ipynb #b8546320
+@contextmanager
+def _full_disk_said(out: Path):
+    try:
+        yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
         why = f"{out.parent}: the disk is full ({error}). What is done is safe in {partial_folder(out).name}"
         raise Unfinished(f"{why}; make room and repeat the call") from error
-    report = Report(out, _table(found, results), _not_needed(found), seconds=round(time.time() - start, 2))
-    if not out.exists() or partial_folder(out).exists():
-        report.note = f"nothing could be used, so there is no output; the report is in {partial_folder(out)}"
-    return report
 
-# %% ../nbs/02b_prepare.ipynb #5f4c62c0
+
 def _through(found, settings, out, facts, split, overwrite, how, progress) -> dict[str, dict]:
     "The work itself, from the lock to the rename."
     partial = partial_folder(out)
