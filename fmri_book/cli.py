@@ -214,11 +214,15 @@ def _folder(path: Path, asked) -> dict:
     subjects = len({s.subject for s in found.sources})
     return dict(path=str(path), what=what, recordings=counts, subjects=subjects, problems=problems)
 
-# %% ../nbs/A2_command_line.ipynb #e23c24aa
+# %% ../nbs/A2_command_line.ipynb #6041df3d
+def _grid(layout) -> tuple | None:
+    return layout.sites.shape if layout.sites is not None else None
+
+
 _FITS = {
     "flat-map MAE": ("flat maps", lambda layout: layout.space == "flat"),
     "BrainLM": ("424 regions (A424)", lambda layout: layout.n_sites == 424),
-    "BrainMT": ("MNI152 volumes of 2 mm", lambda layout: layout.space == "MNI152NLin6Asym_2mm"),
+    "BrainMT": ("volumes of 91 × 109 × 91 voxels", lambda layout: _grid(layout) == (91, 109, 91)),
     "fMRI-LM": ("450 regions (Schaefer-400 + Tian-S3)", lambda layout: layout.n_sites == 450),
 }
 
@@ -232,29 +236,17 @@ def _prepared(path: Path, kind: str) -> dict:
     layout = source.layout
     models = []
     for model, (needs, fits) in _FITS.items():
-        works = "yes" if fits(layout) else "no"
-        models.append(
-            dict(
-                model=model,
-                works=works,
-                option="",
-                reason=f"{needs} needed, {layout.n_sites} columns on {layout.space} found",
-            )
-        )
-    facts = dict(
-        path=str(path),
-        what=f"prepared: {formats.FORMATS[kind]}",
-        runs=len(source),
-        space=layout.space,
-        sites=layout.n_sites,
-    )
+        why = f"{needs} needed, {layout.n_sites} columns on {layout.space} found"
+        models.append(dict(model=model, works="yes" if fits(layout) else "no", option="", reason=why))
+    facts = dict(path=str(path), what=f"prepared: {formats.FORMATS[kind]}", runs=len(source))
     if kind == "store":
+        index = source.index
         facts |= dict(
-            tr=sorted(set(source.index["tr"])),
-            frames=int(source.index["frames"].sum()),
-            subjects=source.index["subject"].nunique(),
+            tr=sorted(set(index["tr"])),
+            frames=int(index["frames"].sum()),
+            subjects=index["subject"].nunique(),
         )
-    return facts | dict(manifest=whole, models=models)
+    return facts | dict(space=layout.space, sites=layout.n_sites, manifest=whole, models=models)
 
 # %% ../nbs/A2_command_line.ipynb #7171f101
 def _in_words(told: dict) -> str:

@@ -421,14 +421,15 @@ def in_this_process(jobs: Sequence[Job]) -> Iterator[Event]:
 def _dead(job: Job) -> dict:
     return {"key": job.source.key, "status": "failed", "reason": DIED, "decisions": [], "end": time.time()}
 
-# %% ../nbs/02b_prepare.ipynb #a2e681de
+# %% ../nbs/02b_prepare.ipynb #47b965e2
 @contextmanager
 def _client(address: str, workers: int):
     "Dask's scheduler at an address, or 'local': worker processes on this machine."
     from distributed import Client, LocalCluster
 
     if address != "local":
-        with Client(address, timeout="30s") as client:
+        where = {"scheduler_file" if address.endswith(".json") else "address": address}
+        with Client(**where, timeout="30s") as client:
             yield client
         return
     options = dict(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None)
@@ -901,7 +902,7 @@ def _already(out: Path, facts: dict, found: Found, overwrite: bool) -> Report | 
             _clean_up(out, partial)
     return _as_before(out)
 
-# %% ../nbs/02b_prepare.ipynb #cf9d1806
+# %% ../nbs/02b_prepare.ipynb #6e0dbd81
 def _as_before(out: Path) -> Report:
     import pandas as pd
 
@@ -909,6 +910,8 @@ def _as_before(out: Path) -> Report:
     table = pd.read_csv(out / "report.csv", dtype=text, keep_default_na=False, na_values=empty)
     table["status"] = table["status"].replace("done", "kept")
     note = "nothing to do: it is finished, with these settings and from these files"
+    if failed := int((table["status"] == "failed").sum()):
+        note += f"; {failed} failed then: mend what was wrong and use overwrite to make it anew"
     return Report(out, table, pd.read_csv(out / "not_needed.csv"), note)
 
 # %% ../nbs/02b_prepare.ipynb #ea6101e0
@@ -989,7 +992,7 @@ def _make_all(found: Found, settings: Settings, partial: Path, how: dict, progre
             _do(jobs, results, journal, bar, **how)
     return results
 
-# %% ../nbs/02b_prepare.ipynb #e8d01df9
+# %% ../nbs/02b_prepare.ipynb #6ca0e77b
 def prepare(
     src: str | Path,  # a folder of recordings, or one file
     out: str | Path,  # a folder that does not exist yet; made in `out`.partial
@@ -1019,17 +1022,14 @@ def prepare(
     found = _find(src, out, settings, pattern, limit)
     planned = _planned_split(split, participants, found)
     facts = settings.facts() | {"split": planned and json.loads(json.dumps(planned.to_dict()))}
-    if dry_run:
-        return _would(found, settings, out)
-    if report := _already(out, facts, found, overwrite):
+    if report := _would(found, settings, out) if dry_run else _already(out, facts, found, overwrite):
         return report
     with _full_disk_said(out):
         how = dict(workers=workers, dask=dask, retries=retries)
         results = _through(found, settings, out, facts, planned, overwrite, how, progress)
-    report = Report(out, _table(found, results), _not_needed(found), seconds=round(time.time() - start, 2))
-    if (left := partial_folder(out)).exists():
-        report.note = f"nothing could be used, so there is no output; the report is in {left}"
-    return report
+    left = partial_folder(out)
+    note = f"nothing could be used, so there is no output; the report is in {left}" if left.exists() else ""
+    return Report(out, _table(found, results), _not_needed(found), note, round(time.time() - start, 2))
 
 # %% ../nbs/02b_prepare.ipynb #b8546320
 @contextmanager

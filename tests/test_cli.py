@@ -26,7 +26,7 @@ def program(*arguments, **options):
     "The program in a process of its own."
     command = [sys.executable, "-m", "fmri_book.cli", *map(str, arguments)]
     settings = dict(capture_output=True, text=True, env=ENVIRONMENT, timeout=120) | options
-    return subprocess.run(command, **settings)
+    return subprocess.run(command, **settings, check=False)
 
 
 @pytest.fixture
@@ -75,14 +75,16 @@ def test_help_is_quick_and_names_every_command():
 
 def test_help_imports_nothing_heavy():
     code = "import sys; from fmri_book import cli\ntry: cli.main(['prepare', '--help'])\nexcept SystemExit: pass\nprint(sorted(set(sys.modules) & {'numpy', 'pandas', 'torch', 'nibabel', 'scipy', 'distributed'}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
     assert done.stdout.strip().endswith("[]")
 
 
 def test_torch_is_never_imported(prepared):
     code = "import sys; from fmri_book import cli\nfor a in (['verify', sys.argv[1]], ['inspect', sys.argv[1]], ['list', 'spaces']): cli.main(a)\nassert 'torch' not in sys.modules"
     done = subprocess.run(
-        [sys.executable, "-c", code, prepared], capture_output=True, text=True, env=ENVIRONMENT
+        [sys.executable, "-c", code, prepared], capture_output=True, text=True, env=ENVIRONMENT, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -96,9 +98,9 @@ def test_the_installed_script_is_this_program():
     script = Path(sys.executable).with_name("fmri-book")
     if not script.exists():
         pytest.skip("fmri-book is not installed in this environment")
-    assert subprocess.run([script, "--version"], capture_output=True, text=True).stdout.startswith(
-        "fmri-book 0"
-    )
+    assert subprocess.run(
+        [script, "--version"], capture_output=True, text=True, check=False
+    ).stdout.startswith("fmri-book 0")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,9 @@ def test_a_closed_pipe_is_no_error(prepared):
     command = (
         f"'{sys.executable}' -m fmri_book.cli inspect '{prepared}' --json | true; echo ${{PIPESTATUS[0]}}"
     )
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
     assert done.stdout.strip() == "0" and "Traceback" not in done.stderr
 
 

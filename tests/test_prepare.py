@@ -17,9 +17,9 @@ import pandas as pd
 import psutil
 import pytest
 
-from fmri_book import formats, prepare as P, storage
+from fmri_book import formats, prepare as P
 from fmri_book.cohort import Cohort
-from fmri_book.data import Run, Space, package_file, resample_bold, zscore
+from fmri_book.data import package_file, resample_bold, zscore
 from fmri_book.flat_maps import FlatMap
 from fmri_book.ingest import IngestOptions
 from fmri_book.prepare import Different, Settings, Unfinished, partial_folder, prepare
@@ -443,6 +443,17 @@ def test_workers_and_dask_write_the_same_bytes(bids, tmp_path):
     assert len(set(seen.loc[seen["what"] == "end", "pid"])) == 2
 
 
+def test_a_scheduler_by_its_address_or_its_file(bids, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    options = dict(n_workers=1, processes=False, dashboard_address=None)
+    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+        client.write_scheduler_file(str(tmp_path / "scheduler.json"))
+        for name, where in (("a", cluster.scheduler_address), ("b", str(tmp_path / "scheduler.json"))):
+            report = prepare(bids, tmp_path / name, to="schaefer100", dask=where, progress=False)
+            assert report.counts == {"done": 10}
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
 @pytest.mark.parametrize(("retries", "status"), [(0, "failed"), (1, "done")])
 def test_a_worker_that_is_killed_takes_one_recording_with_it(bids, tmp_path, retries, status):
     out, victims = tmp_path / "out", []
@@ -465,6 +476,8 @@ def test_a_worker_that_is_killed_takes_one_recording_with_it(bids, tmp_path, ret
         bad = report.table[report.table["status"] == "failed"]
         assert len(bad) == 1 and "worker died" in bad["reason"].iloc[0] and report.exit_status == 1
         assert report.counts == {"done": 9, "failed": 1} and len(Store(out)) == 9
+        again = prepare(bids, out, to="schaefer100", **HERE)
+        assert again.exit_status == 1 and "1 failed then" in again.note
     else:
         assert report.counts == {"done": 10} and (seen["what"] == "died").sum() == 1
     assert verify(out).ok
@@ -476,7 +489,7 @@ def test_a_script_without_a_guard_is_told_so(bids, tmp_path):
         f"from fmri_book.prepare import prepare\nprepare({str(bids)!r}, {str(tmp_path / 'out')!r}, to='schaefer100')\n"
     )
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, env=environment(), timeout=60
+        [sys.executable, script], capture_output=True, text=True, env=environment(), timeout=60, check=False
     )
     assert done.returncode != 0 and "__name__ == '__main__'" in done.stderr
 
@@ -496,7 +509,9 @@ def small_disk(tmp_path):
     "A file system of 600 kB."
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True, check=False
+    )
     if made.returncode:
         pytest.skip("mounting a small file system needs root")
     yield place
