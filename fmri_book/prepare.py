@@ -590,14 +590,14 @@ def read_participants(path: str | Path) -> pd.DataFrame:
     table = pd.read_csv(path, sep="," if comma else "\t", dtype=str, keep_default_na=False)
     return table.rename(columns={"participant_id": "subject"})
 
-# %% ../nbs/02b_prepare.ipynb #402f7e5f
+# %% ../nbs/02b_prepare.ipynb #b97b8436
 def _planned_split(split: Any, participants: Any, found: Found):
     "The split of the subjects that were found, or None; every leak is an error."
+    if split is None:
+        return None
     import pandas as pd
     from fmri_book.splits import Split, make_split, subject_name
 
-    if split is None:
-        return None
     here = sorted({s.subject for s in found.sources.values()})
     beside = found.root / "participants.tsv"
     if participants is None and beside.exists():
