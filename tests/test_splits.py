@@ -284,6 +284,55 @@ def test_damaged_split_files(tmp_path, damage, message):
         Split.load(path)
 
 
+SPELLINGS = [
+    ("Cl\u00e9a", "Cle\u0301a", "more than once"),  # one letter, or a letter and an accent
+    ("a b", "a\u00a0b", "more than once"),  # a space that does not break
+    ("sub-01", "01", "more than once"),
+    (3, 3.0, "more than once"),
+    ("01", "1", "one spelling for each subject, found '01' and '1'"),
+    ("1.0", "1", "one spelling for each subject, found '1' and '1.0'"),
+    ("S1", "s1", "one spelling for each subject, found 'S1' and 's1'"),
+    ("01_ses-1", "01_ses-2", "a person as subject, and a column 'session'.*found '01_ses-1'"),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "message"), SPELLINGS)
+def test_one_person_under_two_spellings_is_never_on_two_sides(one, other, message):
+    table = pd.DataFrame({"subject": [one, other, *"ghijkl"]})
+    with pytest.raises(ValueError, match=message):
+        make_split(table, {"train": 0.5, "test": 0.5})
+    if "_ses-" not in str(one):
+        with pytest.raises(ValueError, match="expected in one part"):
+            splits.Split({"train": (one,), "test": (other,)}, ("subject",), {}, 0, "")
+
+
+def test_numbers_inside_a_name_count():
+    "100 is not 10, and CC0110 is CC110 but not CC011."
+    assert splits.look_alike("CC0110") == splits.look_alike("CC110") != splits.look_alike("CC011")
+    assert splits.look_alike("100") != splits.look_alike("10") != splits.look_alike("1")
+    assert splits.look_alike("0") == splits.look_alike("00") != splits.look_alike("")
+
+
+def test_a_split_made_by_hand_keeps_a_subject_off_the_scaler():
+    "A prefix in a file that somebody edited: the names are made plain before they are compared."
+    split = splits.Split({"train": ("sub-00", "01"), "test": ("sub-02",)}, ("subject",), {}, 0, "")
+    assert split.subjects("train") == ("00", "01") and split.of("02") == "test" == split.of("sub-02")
+
+
+def test_held_out_values_need_no_list_and_no_prefix():
+    table = pd.DataFrame({"subject": list("abcdef"), "site": [1, 1, 2, 2, 3, 3]})
+    assert make_split(table, hold_out={"site": 1}).subjects("test") == ("a", "b")
+    assert make_split(table, hold_out={"subject": ["sub-c"]}).subjects("test") == ("c",)
+
+
+def test_a_code_for_unknown_that_ties_half_of_the_study_is_told():
+    table = people(40, families=1000).assign(family=lambda t: np.where(np.arange(40) < 18, 0, t.family + 1))
+    split = make_split(table)
+    assert any("ties 18 of 40 subjects together" in note for note in split.notes), split.notes
+    assert len({split.of(s) for s in table.subject[:18]}) == 1
+    assert not any("ties" in note for note in make_split(people(families=10**6)).notes)
+
+
 def test_check_names_the_leak():
     table = people()
     split = make_split(table, seed=2)
@@ -344,10 +393,61 @@ def test_ordered_bits_keep_the_order(values):
     assert np.array_equal(splits.from_ordered_bits(keys), x)
 
 
+HARD = {
+    "subnormal": np.array([6e-8, -6e-8, 0.0, -0.0, 1.2e-7], np.float16),
+    "zeros": np.array([0.0, -0.0, -0.0, 0.0], np.float16),
+    "ends": np.array([65504, -65504, 65504, 1, -1], np.float16),
+    "one frame": np.array([-3.5], np.float16),
+    "constant": np.full(9, 0.1, np.float16),
+    "huge offset": (np.arange(50) % 7 * 8 + 10_000).astype(np.float16),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_quantiles_of_hard_numbers_in_half_and_single_precision(name, dtype):
+    x, at = HARD[name].astype(dtype)[:, None], (0, 0.25, 0.5, 0.75, 1)
+    ours = splits.exact_quantiles(lambda: iter(np.array_split(x, min(3, len(x)))), 1, len(x), at, dtype=dtype)
+    assert np.array_equal(ours, np.quantile(x.astype(np.float64), at, axis=0))
+
+
+@given(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_any_half_precision_numbers_take_two_passes(bits):
+    x = np.array(bits, np.uint16).view(np.float16)
+    x = np.where(np.isfinite(x), x, np.float16(0))[:, None]
+    passes = []
+
+    def blocks():
+        passes.append(1)
+        return iter(np.array_split(x, min(4, len(x))))
+
+    ours = splits.exact_quantiles(blocks, 1, len(x), dtype=np.float16)
+    assert np.array_equal(ours, np.quantile(x.astype(np.float64), (0.25, 0.5, 0.75), axis=0))
+    assert len(passes) == 2
+    assert np.array_equal(splits.from_ordered_bits(splits.ordered_bits(x)), x)
+
+
+def test_runs_of_both_precisions_together():
+    records = make_records()
+    for r in records[::2]:
+        r.values = (r.values / 1000).astype(np.float16)
+    scaler = Scaler.fit(Source(records), "robust", subjects="all")
+    low, middle, high = np.quantile(stacked(records), (0.25, 0.5, 0.75), axis=0)
+    assert np.array_equal(scaler.centre, middle.astype(np.float32))
+    assert np.array_equal(scaler.scale, (high - low).astype(np.float32))
+
+
+def test_spreads_beyond_single_precision_are_refused():
+    x = np.array([-3e38] * 3 + [3e38] * 3, np.float32)[:, None].repeat(20, 1)
+    with pytest.raises(ValueError, match=r"spreads that float32 can hold, found 6e\+38"):
+        Scaler.fit(Source([Record(x, 1.0, "a")]), "robust", subjects="all")
+
+
 def test_blocks_of_sites_give_the_same_quantiles():
     x = np.random.default_rng(0).standard_normal((101, 3000)).astype(np.float32)
     one = splits.exact_quantiles(lambda: iter([x]), 3000, 101)
-    many = splits.exact_quantiles(lambda: iter(np.array_split(x, 7)), 3000, 101, memory=2048 * 8 * 700)
+    many = splits.exact_quantiles(lambda: iter(np.array_split(x, 7)), 3000, 101, memory=1024 * 8 * 700)
     assert np.array_equal(one, many) and np.array_equal(
         one, np.quantile(x.astype(float), (0.25, 0.5, 0.75), axis=0)
     )
@@ -488,9 +588,9 @@ def test_a_real_store_gives_the_same_scaler(tmp_path):
 
 def test_long_runs_are_read_in_pieces():
     rng = np.random.default_rng(0)
-    wide = Layout.flat(np.ones((100, 100), bool))
-    records = [Record(rng.standard_normal((450, 10_000), dtype=np.float32), 1.0, "a")]  # three pieces
-    assert len(list(splits._Reader(records, None, 10_000, "site", "frames")())) == 3
+    wide = Layout.flat(np.ones((200, 200), bool))
+    records = [Record(rng.standard_normal((450, 40_000), dtype=np.float32), 1.0, "a")]  # three pieces
+    assert len(list(splits._Reader(records, None, 40_000, "site", "frames")())) == 3
     scaler = Scaler.fit(Source(records, wide), "robust", "all", subjects="all")
     assert scaler.centre[0] == np.float32(np.median(records[0].values.astype(np.float64)))
     assert scaler.n_frames == 450

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,14 @@ from fmri_book.storage import (
 )
 
 MASK = np.array([[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 1, 1]], bool)
-EVENTS = pd.DataFrame({"onset": [0.0, 2.5], "duration": [1.0, np.nan], "trial_type": ["faces", "čtení"], "response": [3.5, 4.25]})
+EVENTS = pd.DataFrame(
+    {
+        "onset": [0.0, 2.5],
+        "duration": [1.0, np.nan],
+        "trial_type": ["faces", "čtení"],
+        "response": [3.5, 4.25],
+    }
+)
 
 
 class Source(list):
@@ -96,7 +104,10 @@ def test_keys():
     assert run_key("01", "1", "rest", "2") == "sub-01_ses-1_task-rest_run-2"
     assert run_key("01", task="rest") == "sub-01_task-rest"
     assert run_key("e\u0301") == run_key("\u00e9") == "sub-\u00e9"
-    assert Record(np.zeros((2, 1), np.float32), 1, "sub-01", "ses-2", "task-x", "run-3").key == "sub-01_ses-2_task-x_run-3"
+    assert (
+        Record(np.zeros((2, 1), np.float32), 1, "sub-01", "ses-2", "task-x", "run-3").key
+        == "sub-01_ses-2_task-x_run-3"
+    )
 
 
 @pytest.mark.parametrize("wrong", ["", "a/b", "a\\b", "a\nb", "a\0", "01_run-1", "01_ses-1", "\udc80"])
@@ -146,15 +157,27 @@ def test_layouts_that_differ_have_different_digests(tmp_path):
     assert len({layout.digest for layout in layouts}) == len(layouts)
     for i, layout in enumerate(layouts):
         kept = Layout.load(layout.save(tmp_path / f"{i}.npz"))
-        assert kept == layout and (kept.patch, kept.surface, kept.space) == (layout.patch, layout.surface, layout.space)
+        assert kept == layout and (kept.patch, kept.surface, kept.space) == (
+            layout.patch,
+            layout.surface,
+            layout.space,
+        )
         assert layout.mask is None or np.array_equal(kept.mask, layout.mask)
         assert pickle.loads(pickle.dumps(kept)) == layout
-    assert replace(Layout.load(tmp_path / "0.npz"), patch=(2, 2)).digest == layouts[3].digest  # not the digest it was told
+    assert (
+        replace(Layout.load(tmp_path / "0.npz"), patch=(2, 2)).digest == layouts[3].digest
+    )  # not the digest it was told
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("flat", 3), ("schaefer100", 100, MASK), ("flat", 3, MASK), ("schaefer100", 100, None, "", (2, 2)), ("flat", 11, MASK, "", (0, 2))],
+    [
+        ("flat", 3),
+        ("schaefer100", 100, MASK),
+        ("flat", 3, MASK),
+        ("schaefer100", 100, None, "", (2, 2)),
+        ("flat", 11, MASK, "", (0, 2)),
+    ],
 )
 def test_layouts_that_cannot_be(arguments):
     with pytest.raises(ValueError, match="expected"):
@@ -171,8 +194,13 @@ def test_a_space_of_ones_own_travels_with_the_store(tmp_path):
         "import sys; from fmri_book.storage import Store; s = Store(sys.argv[1]); r = s.run(0); "
         "print(r.space, r.sites.shape, float(r.sites.coords.sum()), float(r.bold.sum()))"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "store"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"test_storage corner (4, 4, 4) {float(space.coords.sum())} {float(records[0].values.sum())}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "store"], capture_output=True, text=True, check=True
+    )
+    assert (
+        done.stdout.strip()
+        == f"test_storage corner (4, 4, 4) {float(space.coords.sum())} {float(records[0].values.sum())}"
+    )
 
 
 # --- round trips
@@ -199,7 +227,11 @@ def check_bits(folder, layout, values, chunk, start, n):
     assert store.record(0).values.tobytes() == values.tobytes() and store.dtype == values.dtype
     assert (folder / store.index["file"][0]).read_bytes() == values[:, layout.order].tobytes()
     clip = store.read(0, start, n)
-    assert clip.tobytes() == store.map(0)[start : start + n].tobytes() == values[start : start + n, layout.order].tobytes()
+    assert (
+        clip.tobytes()
+        == store.map(0)[start : start + n].tobytes()
+        == values[start : start + n, layout.order].tobytes()
+    )
     assert verify(folder).ok
 
 
@@ -207,7 +239,15 @@ def check_bits(folder, layout, values, chunk, start, n):
 @pytest.mark.parametrize("scale", ["none", "site"])
 def test_a_store_gives_back_what_it_was_given(tmp_path, scale, patch):
     source = some_source(offset=500, n=4)
-    store = write(source, tmp_path / "s", dtype="float16", scale=scale, patch=patch, chunk_frames=4, settings={"tr": 1.0})
+    store = write(
+        source,
+        tmp_path / "s",
+        dtype="float16",
+        scale=scale,
+        patch=patch,
+        chunk_frames=4,
+        settings={"tr": 1.0},
+    )
     assert len(store) == 4 and store.settings == {"tr": 1.0} and store.layout.patch == patch
     for i, (given_, got) in enumerate(zip(source, store, strict=True)):
         assert (got.key, got.tr, got.meta) == (given_.key, given_.tr, given_.meta)
@@ -216,10 +256,14 @@ def test_a_store_gives_back_what_it_was_given(tmp_path, scale, patch):
         else:
             pd.testing.assert_frame_equal(got.events, EVENTS)
         if scale == "none":
-            assert got.values.dtype == np.float16 and np.array_equal(got.values, given_.values.astype(np.float16))
+            assert got.values.dtype == np.float16 and np.array_equal(
+                got.values, given_.values.astype(np.float16)
+            )
         else:
             sd = given_.values.std(0, dtype=float)
-            assert got.values.dtype == np.float32 and np.abs(got.values - given_.values).max() < 2e-3 * sd.max()
+            assert (
+                got.values.dtype == np.float32 and np.abs(got.values - given_.values).max() < 2e-3 * sd.max()
+            )
             mean_sd = np.array([given_.values.mean(0, dtype=float), sd])[:, store.layout.order]
             np.testing.assert_allclose(store.site_scale(i), mean_sd, rtol=1e-6)
         stored = store.map(i).astype(float)
@@ -233,9 +277,16 @@ def test_a_store_gives_back_what_it_was_given(tmp_path, scale, patch):
 def test_scaling_keeps_constant_sites_and_tiny_fluctuations(tmp_path):
     values = np.full((50, 3), 10_000.1, np.float32)
     values[:, 1] = np.float32(10_000) + np.arange(50, dtype=np.float32) / 512
-    store = write(Source(Layout.flat(np.ones((1, 3))), [Record(values, 1, "01")]), tmp_path / "s", dtype="float16", scale="site")
+    store = write(
+        Source(Layout.flat(np.ones((1, 3))), [Record(values, 1, "01")]),
+        tmp_path / "s",
+        dtype="float16",
+        scale="site",
+    )
     got = store.record(0).values
-    assert np.array_equal(got[:, [0, 2]], values[:, [0, 2]]) and np.array_equal(store.site_scale(0)[1][[0, 2]], [0, 0])
+    assert np.array_equal(got[:, [0, 2]], values[:, [0, 2]]) and np.array_equal(
+        store.site_scale(0)[1][[0, 2]], [0, 0]
+    )
     assert np.abs(got[:, 1] - values[:, 1]).max() < 2e-3
 
 
@@ -250,7 +301,9 @@ def test_a_store_is_a_source(tmp_path):
 
 def test_runs_back_and_forth(tmp_path):
     rng, layout = np.random.default_rng(0), Layout.of("schaefer100")
-    record = Record(rng.standard_normal((20, 100)).astype(np.float32), 0.72, "01", "a", "x", "3", EVENTS, {"history": []})
+    record = Record(
+        rng.standard_normal((20, 100)).astype(np.float32), 0.72, "01", "a", "x", "3", EVENTS, {"history": []}
+    )
     run = record.to_run(layout)
     again = Record.from_run(run)
     assert again.key == record.key == "sub-01_ses-a_task-x_run-3" and again.meta == {"history": []}
@@ -268,7 +321,14 @@ def test_runs_back_and_forth(tmp_path):
 def test_other_byte_orders_and_memory_maps_are_read(tmp_path):
     values = np.arange(22, dtype=np.float32).reshape(2, 11)
     np.save(tmp_path / "v.npy", values)
-    for i, one in enumerate((values.astype(">f4"), values.astype(">f2"), np.load(tmp_path / "v.npy", mmap_mode="r"), values[:, ::-1][:, ::-1])):
+    for i, one in enumerate(
+        (
+            values.astype(">f4"),
+            values.astype(">f2"),
+            np.load(tmp_path / "v.npy", mmap_mode="r"),
+            values[:, ::-1][:, ::-1],
+        )
+    ):
         store = write(Source(Layout.flat(MASK), [Record(one, 1, "01")]), tmp_path / str(i))
         assert np.array_equal(store.record(0).values, values) and store.record(0).values.dtype.isnative
 
@@ -300,7 +360,9 @@ LAYOUT = Layout.flat(MASK)
 def test_numbers_that_are_none(tmp_path, bad, dtype, scale):
     values = np.zeros((200, 11), dtype)
     values[150, 7] = values[170, 3] = bad
-    with pytest.raises(ValueError, match="sub-01: expected finite numbers, found 2 others, the first at frame 150, site 7"):
+    with pytest.raises(
+        ValueError, match="sub-01: expected finite numbers, found 2 others, the first at frame 150, site 7"
+    ):
         write_run(tmp_path / "s", Record(values, 1, "01"), LAYOUT, scale=scale)
     assert not (tmp_path / "s").exists()
 
@@ -310,7 +372,10 @@ def test_the_end_of_half_precision(tmp_path):
     write_run(tmp_path / "a", Record(values, 1, "01"), LAYOUT)
     assert finish_store(tmp_path / "a", LAYOUT).read(0, 0, 1).max() == 65504
     values[2, 4] = -65520
-    with pytest.raises(ValueError, match="below 65,520, as float16 holds, found 1 others, the first at frame 2, site 4: -65520"):
+    with pytest.raises(
+        ValueError,
+        match="below 65,520, as float16 holds, found 1 others, the first at frame 2, site 4: -65520",
+    ):
         write_run(tmp_path / "b", Record(values, 1, "01"), LAYOUT)
     write_run(tmp_path / "b", Record(values, 1, "01"), LAYOUT, scale="site")
     assert not tmp_path.joinpath("b", "building", "x").exists() and len(finished_runs(tmp_path / "b")) == 1
@@ -322,9 +387,14 @@ def test_one_store_one_layout(tmp_path):
     other = MASK.copy()
     other[0, 0], other[0, 1] = True, False
     before = tree(tmp_path)
-    with pytest.raises(ValueError, match=rf"begun with layout {LAYOUT.digest}; found a run with layout {Layout.flat(other).digest}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"begun with layout {LAYOUT.digest}; found a run with layout {Layout.flat(other).digest}",
+    ):
         write_run(tmp_path, second, Layout.flat(other))
-    with pytest.raises(ValueError, match=r"sub-01_task-rest: expected 100 columns \(layout \w+ on schaefer100\), found 11"):
+    with pytest.raises(
+        ValueError, match=r"sub-01_task-rest: expected 100 columns \(layout \w+ on schaefer100\), found 11"
+    ):
         write_run(tmp_path, second, Layout.of("schaefer100"))
     for changed in ({"dtype": "float32"}, {"scale": "site"}, {"chunk_frames": 8}):
         with pytest.raises(ValueError, match="begun with " + next(iter(changed))):
@@ -348,7 +418,9 @@ def test_each_recording_once(tmp_path):
         replace(record, events=EVENTS),
         replace(record, meta={}),
     ):
-        with pytest.raises(ValueError, match="sub-00_task-rest: expected each recording once, found two of that name"):
+        with pytest.raises(
+            ValueError, match="sub-00_task-rest: expected each recording once, found two of that name"
+        ):
             write_run(tmp_path, other, LAYOUT)
     assert tree(tmp_path) == before
     store = finish_store(tmp_path, LAYOUT)
@@ -357,7 +429,10 @@ def test_each_recording_once(tmp_path):
         with pytest.raises(ValueError, match="finished one without|expected each recording once"):
             write_run(tmp_path, other, LAYOUT)
     other = MASK[::-1].copy()  # as many pixels, the same numbers, another meaning
-    for refused in (lambda: write_run(tmp_path, record, Layout.flat(other)), lambda: finish_store(tmp_path, Layout.flat(other))):
+    for refused in (
+        lambda: write_run(tmp_path, record, Layout.flat(other)),
+        lambda: finish_store(tmp_path, Layout.flat(other)),
+    ):
         with pytest.raises(ValueError, match=rf"{LAYOUT.digest}.*found.* {Layout.flat(other).digest}"):
             refused()
     assert verify(tmp_path).ok
@@ -365,10 +440,14 @@ def test_each_recording_once(tmp_path):
 
 def test_sources_with_faults(tmp_path):
     source = some_source()
-    with pytest.raises(ValueError, match="sub-00_task-rest: expected each recording once in the source, found it twice"):
+    with pytest.raises(
+        ValueError, match="sub-00_task-rest: expected each recording once in the source, found it twice"
+    ):
         write(Source(source.layout, [*source, source[0]]), tmp_path / "a")
     half = replace(source[1], values=source[1].values.astype(np.float16))
-    with pytest.raises(ValueError, match="sub-01_task-rest: expected float32 like the runs before it, found float16"):
+    with pytest.raises(
+        ValueError, match="sub-01_task-rest: expected float32 like the runs before it, found float16"
+    ):
         write(Source(source.layout, [source[0], half]), tmp_path / "b")
     with pytest.raises(ValueError, match="at least one, found 0"):
         write(Source(source.layout, []), tmp_path / "c")
@@ -379,7 +458,10 @@ def test_sources_with_faults(tmp_path):
 
 def test_folders_that_are_something_else(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"expected an empty folder or a store under construction, found 1 other files \(thesis.tex"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected an empty folder or a store under construction, found 1 other files \(thesis.tex",
+    ):
         write_run(tmp_path, some_records()[0], LAYOUT)
     with pytest.raises(FileExistsError, match="resume=False"):
         write(some_source(), tmp_path, resume=False)
@@ -416,7 +498,11 @@ def test_clips_outside_a_run(tmp_path):
     for start, n in ((-1, 2), (9, 2), (0, 0), (0, 11), (11, 1)):
         with pytest.raises(IndexError, match="sub-00_task-rest: expected frames within 0 to 10"):
             store.read(0, start, n)
-    for out in (np.empty((2, 11), np.float16), np.empty((3, 11), np.float32), np.empty((2, 22), np.float32)[:, ::2]):
+    for out in (
+        np.empty((2, 11), np.float16),
+        np.empty((3, 11), np.float32),
+        np.empty((2, 22), np.float32)[:, ::2],
+    ):
         with pytest.raises(ValueError, match=r"expected out as \(2, 11\) float32 in C order"):
             store.read(0, 0, 2, out=out)
     with pytest.raises(IndexError):
@@ -435,7 +521,9 @@ def test_names_on_disks_that_know_no_case(tmp_path):
     names = ["Anna", "anna", "Änna", "日本語", "a" * 150, "a" * 151, "CON", "a.b", "a:b?"]
     store = write(Source(LAYOUT, [Record(values, 1, name) for name in names]), tmp_path / "s")
     files = store.index["file"].tolist()
-    assert len({name.lower() for name in files}) == len(names) and all(re.fullmatch(r"runs/[\w.+-]{1,120}", f, re.ASCII) for f in files)
+    assert len({name.lower() for name in files}) == len(names) and all(
+        re.fullmatch(r"runs/[\w.+-]{1,120}", f, re.ASCII) for f in files
+    )
     assert store.index["subject"].tolist() == names and verify(tmp_path / "s").ok
 
 
@@ -518,7 +606,9 @@ write_store(Store(sys.argv[1]), sys.argv[2], patch=(2, 2), progress=False)
     rng, survived = np.random.default_rng(0), 0
     for attempt in range(5):
         folder = memory_disk / f"killed{attempt}"
-        job = subprocess.Popen([sys.executable, "-c", script, memory_disk / "source", folder], stdout=subprocess.PIPE)
+        job = subprocess.Popen(
+            [sys.executable, "-c", script, memory_disk / "source", folder], stdout=subprocess.PIPE
+        )
         job.stdout.readline()
         try:
             job.wait(rng.uniform(0.01, 0.3))
@@ -536,7 +626,9 @@ def test_files_lost_in_a_crash_are_written_again(tmp_path):
     first, second = some_records(2)
     facts = [write_run(tmp_path, r, LAYOUT) for r in (first, second)]
     os.truncate(tmp_path / facts[0]["file"], 10)
-    (tmp_path / facts[1]["file"]).write_bytes(bytes(facts[1]["bytes"]))  # the length is right, the content is not
+    (tmp_path / facts[1]["file"]).write_bytes(
+        bytes(facts[1]["bytes"])
+    )  # the length is right, the content is not
     assert finished_runs(tmp_path) == {}
     for record in (first, second):
         write_run(tmp_path, record, LAYOUT)
@@ -588,7 +680,12 @@ def tmpfs(tmp_path):
     def mount(options):
         folder = tmp_path / f"disk{len(mounted)}"
         folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             pytest.skip(f"cannot mount a tmpfs here: {done.stderr.strip()}")
         mounted.append(folder)
@@ -642,7 +739,11 @@ def test_a_read_only_disk(tmpfs):
     for target in (folder / "new", begun):
         with pytest.raises(OSError, match="expected a folder that can be written to, found a read-only one"):
             write_run(target, some_records()[1], LAYOUT)
-    assert store.read(0, 2, 3).shape == (3, 11) and verify(folder / "store").ok and len(Store(folder / "store")) == 3
+    assert (
+        store.read(0, 2, 3).shape == (3, 11)
+        and verify(folder / "store").ok
+        and len(Store(folder / "store")) == 3
+    )
 
 
 # --- many processes
@@ -684,7 +785,12 @@ def test_two_processes_write_one_store(tmp_path):
 
 def test_reading_in_threads_forks_and_pickles(tmp_path):
     "Many more runs than open files: every reader gets its own clip, always."
-    records = [Record(np.full((20, 11), i, np.float32) + np.arange(20, dtype=np.float32)[:, None] / 32, 1, f"{i:03d}") for i in range(150)]
+    records = [
+        Record(
+            np.full((20, 11), i, np.float32) + np.arange(20, dtype=np.float32)[:, None] / 32, 1, f"{i:03d}"
+        )
+        for i in range(150)
+    ]
     store = write(Source(LAYOUT, records), tmp_path / "s")
 
     def reader(seed):
@@ -698,7 +804,10 @@ def test_reading_in_threads_forks_and_pickles(tmp_path):
     threads = [threading.Thread(target=reader, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
-    assert [in_a_child(lambda seed=seed: reader(seed)) for seed in (10, 11)] == [0, 0]  # forked while threads read
+    assert [in_a_child(lambda seed=seed: reader(seed)) for seed in (10, 11)] == [
+        0,
+        0,
+    ]  # forked while threads read
     for thread in threads:
         thread.join()
     assert sorted(done) == [0, 1, 2, 3]
@@ -724,14 +833,19 @@ before = psutil.Process().memory_info().rss
 read(10_000)
 print(psutil.Process().memory_info().rss - before, len(os.listdir("/proc/self/fd")))
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "s"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "s"], capture_output=True, text=True, check=True
+    )
     growth, files = map(int, done.stdout.split())
     assert growth < 2_000_000 and files < 80
 
 
 def test_places_beyond_two_gigabytes(tmp_path):
     store = write(some_source(n=1), tmp_path / "s")
-    path, frame = tmp_path / "s" / store.index["file"][0], 60_000_000  # 11 sites × 4 bytes: 2.6 GB, mostly a hole
+    path, frame = (
+        tmp_path / "s" / store.index["file"][0],
+        60_000_000,
+    )  # 11 sites × 4 bytes: 2.6 GB, mostly a hole
     with open(path, "r+b") as file:
         file.seek(frame * 44)
         file.write(np.arange(11, dtype=np.float32).tobytes())
@@ -826,7 +940,9 @@ def test_manifests_of_other_things(tmp_path):
     assert (facts["kind"], facts["runs"], facts["name"]) == ("shards", 3, "ž")
     import hashlib
 
-    assert facts["files"] == {"a/b": {"bytes": 3, "blake2b": hashlib.blake2b(b"abc", digest_size=16).hexdigest()}}
+    assert facts["files"] == {
+        "a/b": {"bytes": 3, "blake2b": hashlib.blake2b(b"abc", digest_size=16).hexdigest()}
+    }
     found = verify(tmp_path)
     assert found.ok and (found.n_files, found.n_bytes) == (2, 3) and "sound" in str(found)
     with pytest.raises(ValueError, match="names of their own, found \\['files'\\]"):
@@ -838,3 +954,169 @@ def test_manifests_of_other_things(tmp_path):
     (tmp_path / "MANIFEST.json").write_text("[]")
     with pytest.raises(DamagedFile, match="MANIFEST.json"):
         storage.read_manifest(tmp_path)
+
+
+def test_labels_out_of_tables():
+    "What pandas makes of an empty cell, and of whole numbers beside one, is no name."
+    values = np.ones((2, 3), np.float32)
+    assert Record(values, 1.0, "a", session=float("nan"), task=None, run=1.0).key == "sub-a_run-1"
+    assert Record(values, 1.0, np.int64(7), session=pd.NA).key == "sub-7"
+    assert Record(values, 1.0, "Cle\u0301a").subject == "Cl\u00e9a"
+    with pytest.raises(ValueError, match="name its subject"):
+        Record(values, 1.0, float("nan"))
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_disks_without_hard_links_or_locks(tmp_path, monkeypatch, locks):
+    "exFAT and some network shares know no hard links, NFS and Lustre may be mounted without locks."
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(storage.os, "link", refuse)
+    if not locks:
+        monkeypatch.setattr(storage.fcntl, "flock", refuse)
+    source = some_source()
+    with atomic_path(tmp_path / "living") as temporary:
+        sweep(tmp_path)
+        assert temporary.exists()
+        temporary.write_bytes(b"")
+    store = write_store(source, tmp_path / "store", progress=False)
+    assert verify(store.path).ok and len(store) == 3
+    assert storage.publish_once(tmp_path / "once", b"first") and not storage.publish_once(
+        tmp_path / "once", b"2"
+    )
+    assert (tmp_path / "once").read_bytes() == b"first"
+    site = tmp_path / "other"
+    write_run(site, source[0], source.layout)
+    with pytest.raises(ValueError, match="each recording once"):
+        write_run(site, replace(source[0], values=-source[0].values), source.layout)
+    assert len(list((site / "runs").iterdir())) == 1
+
+
+def test_without_hard_links_exactly_one_is_first(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOTSUP, "no links here")
+
+    monkeypatch.setattr(storage.os, "link", refuse)
+    for i in range(20):
+        first, start = [], threading.Barrier(6)
+
+        def one(k, i=i, first=first, start=start):
+            start.wait()
+            if storage.publish_once(tmp_path / f"f{i}", f"{k}".encode()):
+                first.append(k)
+
+        threads = [threading.Thread(target=one, args=(k,)) for k in range(6)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert len(first) == 1 and (tmp_path / f"f{i}").read_text() == str(first[0])
+
+
+def test_many_take_up_the_last_steps_at_once(tmp_path):
+    "Eight writers of a job array start again after a kill between the promised manifest and its move."
+    for i in range(10):
+        site, source = tmp_path / f"s{i}", some_source()
+        for record in source:
+            write_run(site, record, source.layout)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(storage, "_complete", lambda folder: None)
+            with pytest.raises(ValueError, match="under construction"):
+                finish_store(site, source.layout)
+        assert (site / "building" / "MANIFEST.json").exists()
+        start = threading.Barrier(8)
+
+        def one(_, site=site, start=start):
+            start.wait()
+            return len(finished_runs(site))
+
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(one, range(8))) == {3}
+        assert verify(site).ok
+
+
+def test_a_writer_who_comes_after_the_end_is_told(tmp_path, monkeypatch):
+    "The store is finished by somebody else between a run's file and its sidecar."
+    first, late = some_source()[:2]
+    layout, site = some_source().layout, tmp_path / "site"
+    write_run(site, first, layout)
+    publish_once = storage.publish_once
+
+    def slow(path, data):
+        if path.name.endswith(".run.json"):
+            monkeypatch.setattr(storage, "publish_once", publish_once)
+            finish_store(site, layout)
+        return publish_once(path, data)
+
+    monkeypatch.setattr(storage, "publish_once", slow)
+    with pytest.raises(ValueError, match="found a finished one without sub-01"):
+        write_run(site, late, layout)
+    assert verify(site).ok and len(Store(site)) == 1
+
+
+@pytest.mark.parametrize("name", ["index.parquet", "layout.npz", "store.json"])
+def test_a_store_with_a_damaged_table_does_not_open(tmp_path, name):
+    store = write_store(some_source(), tmp_path / "store", progress=False)
+    path, whole = store.path / name, (store.path / name).read_bytes()
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(DamagedFile, match=rf"{name}: expected {len(whole)} bytes with blake2b"):
+            Store(store.path)
+    path.unlink()
+    with pytest.raises(DamagedFile, match=f"{name}: expected .* found 0"):
+        Store(store.path)
+    path.write_bytes(whole)
+    assert len(Store(store.path)) == 3
+
+
+def test_a_damaged_extra_file_among_the_runs(tmp_path):
+    source, site = some_source(), tmp_path / "site"
+    for record in source:
+        write_run(site, record, source.layout)
+    (site / "runs" / "notes.txt").write_text("hello")
+    finish_store(site, source.layout, extra_files=["runs/notes.txt"])
+    assert verify(site).ok
+    (site / "runs" / "notes.txt").write_text("hellO")
+    problems = verify(site).problems
+    assert len(problems) == 1 and problems[0].startswith("runs/notes.txt: expected blake2b")
+
+
+def test_another_working_folder(tmp_path, monkeypatch):
+    write_store(some_source(), tmp_path / "store", progress=False)
+    monkeypatch.chdir(tmp_path)
+    store = Store("store")
+    packed = pickle.dumps(store)
+    monkeypatch.chdir("/")
+    assert np.array_equal(pickle.loads(packed).read(1, 0, 5), store.read(1, 0, 5))
+
+
+MANY = """
+import resource, sys
+from fmri_book.storage import Store
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+stores = [Store(sys.argv[1]) for _ in range(20)]
+want = [stores[0].read(i, 0, 4).tobytes() for i in range(3)]
+for _ in range(2):
+    for store in stores:
+        for i in range(3):
+            assert store.read(i, 0, 4).tobytes() == want[i]
+print("read")
+"""
+
+
+def test_more_stores_than_open_files(tmp_path):
+    write_store(some_source(), tmp_path / "store", progress=False)
+    job = subprocess.run(
+        [sys.executable, "-c", MANY, tmp_path / "store"], capture_output=True, text=True, check=False
+    )
+    assert job.stdout == "read\n", job.stderr
+
+
+def test_events_in_a_forked_worker(tmp_path):
+    "Opened (with pyarrow's threads) before the fork, read after it."
+    store = write_store(some_source(), tmp_path / "store", progress=False)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        found = pool.map_async(store.events, [1, 1]).get(timeout=60)
+    assert all(one.equals(store.events(1)) for one in found)
