@@ -233,6 +233,158 @@ def test_uk_biobank_folders(tmp_path):
     assert table.kind == "parcels" and "424 columns" in " ".join(examine(table).reasons)
 
 
+def empty(root, *names):
+    "Files without content: discovery reads names only."
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def test_combined_echoes_are_preferred_and_phase_is_named(tmp_path):
+    stem = "sub-1/func/sub-1_task-rest"
+    empty(tmp_path, *(f"{stem}_{e}part-mag_desc-preproc_bold.nii.gz" for e in ("echo-1_", "echo-2_", "")))
+    empty(tmp_path, f"{stem}_part-phase_bold.nii.gz", f"{stem}_part-mag_desc-confounds_regressors.tsv")
+    found = discover(tmp_path)
+    (source,) = found.sources
+    assert "echo" not in source.files[0].name and source.confounds.name.endswith("regressors.tsv")
+    assert any("the phase part" in p.what for p in found.problems)
+
+
+def test_templates_of_children_are_another_form_not_another_recording(tmp_path):
+    spaces = ("MNIPediatricAsym_cohort-2_res-2", "MNI152NLin2009cAsym_res-2", "MNI152NLin2009cAsym_res-native")
+    empty(tmp_path, *(f"sub-1/func/sub-1_task-rest_space-{s}_desc-preproc_bold.nii.gz" for s in spaces))
+    (source,) = discover(tmp_path, to="schaefer400").sources
+    assert source.key == "sub-1_task-rest" and "2009cAsym_res-2" in source.files[0].name
+
+
+def test_runs_that_fmriprep_renumbered_keep_their_events(tmp_path):
+    empty(tmp_path, "derivatives/fmriprep/sub-1/func/sub-1_task-nback_run-1_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
+    empty(tmp_path, "sub-1/func/sub-1_task-nback_run-01_events.tsv", "sub-1/func/sub-1_task-nback_run-10_events.tsv")
+    (source,) = discover(tmp_path / "derivatives" / "fmriprep").sources
+    assert source.events.name == "sub-1_task-nback_run-01_events.tsv"
+
+
+def test_a_task_without_events_is_noted(tmp_path):
+    for task in ("nback", "rest"):
+        save_volume(tmp_path / f"sub-1_task-{task}_space-MNI152NLin6Asym_bold.nii.gz", noise((*GRID, 40)))
+    nback, rest = (examine(s, to="schaefer100") for s in discover(tmp_path).sources)
+    assert level(nback.decisions, "events") == "note" and not nback.refused
+    assert level(rest.decisions, "events") is None
+
+
+def test_linked_folders_are_entered_once(tmp_path):
+    empty(tmp_path, "disk/sub-1/func/sub-1_task-rest_bold.nii.gz")
+    study = tmp_path / "study"
+    study.mkdir()
+    (study / "sub-1").symlink_to(tmp_path / "disk" / "sub-1")
+    (study / "again").symlink_to(study)  # a loop
+    assert [s.key for s in discover(study).sources] == ["sub-1_task-rest"]
+
+
+def test_a_subject_in_raw_form_only_is_named(tmp_path):
+    empty(tmp_path, "sub-1/func/sub-1_task-rest_bold.nii.gz", "sub-2/func/sub-2_task-rest_bold.nii.gz")
+    assert not [p for p in discover(tmp_path).problems if p.level == "note"]
+    empty(tmp_path, "derivatives/fmriprep/sub-1/func/sub-1_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz")
+    (problem,) = [p for p in discover(tmp_path).problems if p.level == "note"]
+    assert problem.where == "sub-2_task-rest" and "1 of 2" in problem.what
+
+
+def test_hcp_products_visits_and_concatenations(tmp_path):
+    for visit in ("V1", "V2"):
+        results = f"HCA6002236_{visit}_MR/MNINonLinear/Results"
+        for ending in (".nii.gz", "_hp2000_clean.nii.gz", "_hp2000_clean_vn.nii.gz", "_Atlas_MSMAll_hp2000_clean_vn.dscalar.nii"):
+            empty(tmp_path, f"{results}/rfMRI_REST1_AP/rfMRI_REST1_AP{ending}")
+        empty(tmp_path, f"{results}/rfMRI_REST/rfMRI_REST_hp0_clean.nii.gz")
+    found = discover(tmp_path, to="volume")
+    assert [s.key for s in found.sources] == [f"sub-HCA6002236_ses-{v}_task-REST1_run-AP" for v in ("V1", "V2")]
+    assert {s.files[0].name for s in found.sources} == {"rfMRI_REST1_AP_hp2000_clean.nii.gz"}
+    assert any("one by one" in p.what and "2 files" in p.what for p in found.problems)
+    assert any("CIFTI map" in p.what for p in found.problems)
+    (alone,) = discover(tmp_path / f"{results}/rfMRI_REST/rfMRI_REST_hp0_clean.nii.gz").sources
+    assert alone.task == "REST"
+    empty(tmp_path / "other", *(f"patient_{k}/MNINonLinear/Results/rfMRI_REST1_LR/rfMRI_REST1_LR.nii.gz" for k in (1, 2)))
+    assert [s.subject for s in discover(tmp_path / "other").sources] == ["patient_1", "patient_2"]
+
+
+def test_uk_biobank_tasks_and_summaries(tmp_path):
+    for name in ("rfMRI.ica/filtered_func_data_clean", "rfMRI.ica/mean_func", "rfMRI_SBREF", "tfMRI.feat/filtered_func_data", "tfMRI"):
+        empty(tmp_path, f"1000012/fMRI/{name}.nii.gz")
+    empty(tmp_path, "1000012_25750_2_0.txt", "1000012_25753_2_0.txt")
+    found = discover(tmp_path)
+    assert [(s.task, s.files[0].parent.name) for s in found.sources] == [("faces", "tfMRI.feat"), ("rest", "rfMRI.ica")]
+    assert not [p for p in found.problems if "expected" in p.what]
+
+
+@pytest.mark.parametrize("space, vertices", [("fsaverage6", 40962), ("fsaverage", 163842)])
+def test_finer_surfaces_are_refused_with_a_remedy(tmp_path, space, vertices):
+    for side, name in (("L", "Left"), ("R", "Right")):
+        save_gifti(tmp_path / f"sub-1_task-rest_hemi-{side}_space-{space}_bold.func.gii", noise((20, vertices)), name)
+    (reason,) = examine(discover(tmp_path).sources[0], to="flat").reasons
+    assert str(vertices) in reason and "mri_surf2surf" in reason
+
+
+def test_confounds_are_not_removed_twice(study):
+    folder = study / "derivatives" / "fmriprep" / "sub-01" / "ses-a" / "func"
+    (cleaned,) = folder.glob("*desc-preproc_bold.nii.gz")
+    cleaned = cleaned.rename(cleaned.with_name(cleaned.name.replace("preproc", "denoised")))
+    (source,) = discover(folder, pattern="*denoised_bold.nii.gz").sources
+    assert source.confounds is not None and not examine(source).refused
+    (reason,) = examine(source, options=IngestOptions(confounds="simple")).reasons
+    assert "desc-denoised" in reason and "--confounds none" in reason
+
+
+def test_what_a_header_says_about_its_numbers(tmp_path):
+    path = save_volume(tmp_path / "sub-1_task-rest_bold.nii", noise((8, 8, 8, 40)).astype(np.complex64))
+    assert "complex" in examine(discover(path).sources[0]).reasons[0]
+    path = save_volume(tmp_path / "sub-2_task-rest_bold.nii", noise((8, 8, 8, 40)))
+    image = nib.load(path)
+    image.header.set_intent("z score")
+    nib.save(image, tmp_path / "sub-3_task-rest_bold.nii")
+    seen = examine(discover(tmp_path / "sub-3_task-rest_bold.nii").sources[0])
+    assert not seen.refused and level(seen.decisions, "intent") == "note"
+
+
+def test_bridging_leaves_the_good_frames_as_they_are_without_it(study):
+    source = discover(study, to="schaefer100").sources[0]
+    kept, bridged = (load(source, "schaefer100", IngestOptions(confounds="simple", censor=c))[0] for c in ("keep", "interpolate"))
+    good = np.setdiff1d(np.arange(58), kept.meta["censored"])
+    assert len(good) == 57
+    np.testing.assert_array_equal(kept.bold[good], bridged.bold[good])
+    np.testing.assert_allclose(bridged.bold[18], (bridged.bold[17] + bridged.bold[19]) / 2, rtol=1e-5)
+
+
+def test_confounds_equal_nilearn(study):
+    "The regression of a named strategy against nilearn.signal.clean on the frames that were kept."
+    from nilearn.interfaces.fmriprep import load_confounds_strategy
+    from nilearn.signal import clean
+
+    source = discover(study, to="volume").sources[0]
+    plain, _ = load(source, "volume")
+    run, _ = load(source, "volume", IngestOptions(confounds="scrubbing"))
+    regressors, _ = load_confounds_strategy(str(source.files[0]), denoise_strategy="scrubbing")
+    good = np.setdiff1d(np.arange(58), run.meta["censored"])
+    wanted = clean(plain.bold[good], confounds=regressors.to_numpy()[2:][good], detrend=False, standardize=None)
+    centred = run.bold[good] - run.bold[good].mean(0, dtype=np.float64)
+    np.testing.assert_allclose(centred, wanted - wanted.mean(0), atol=1e-3)
+
+
+def test_region_means_equal_nilearn(tmp_path):
+    "On a grid that the atlas does not share, against nilearn's masker with the atlas brought to the run's grid."
+    from nilearn.image import resample_to_img
+    from nilearn.maskers import NiftiLabelsMasker
+
+    values = noise((*GRID, 30))
+    shifted = MNI + np.array([[0, 0, 0, 0.4], [0, 0, 0, 0.7], [0, 0, 0, 0.4], [0, 0, 0, 0]])
+    blocks = np.add.outer(np.add.outer(np.arange(91) // 10, 10 * (np.arange(109) // 12)), 100 * (np.arange(91) // 10)) % 40
+    blocks = np.pad(blocks[4:-4, 4:-4, 4:-4], 4)  # at the very edge the two differ in what is still inside
+    atlas = save_volume(tmp_path / "blocks.nii.gz", blocks.astype(np.int16), np.array([[2.0, 0, 0, -90], [0, 2, 0, -126], [0, 0, 2, -72], [0, 0, 0, 1]]))
+    path = save_volume(tmp_path / "sub-1_task-rest_space-MNI152NLin6Asym_bold.nii.gz", values, shifted)
+    run, _ = load(discover(path).sources[0], "parcels", IngestOptions(atlas=atlas))
+    here = resample_to_img(nib.load(atlas), nib.load(path), interpolation="nearest", force_resample=True, copy_header=True)
+    wanted = NiftiLabelsMasker(here, standardize=None).fit_transform(path)
+    np.testing.assert_allclose(run.bold, wanted, rtol=1e-5)
+
+
 def test_plain_arrays(tmp_path):
     np.savez(tmp_path / "many.npz", **{"A01_ses-1": noise((100, 200)), "A01_ses-2": noise((100, 200), 1)})
     np.save(tmp_path / "one.npy", noise((100, 1000)))
@@ -660,6 +812,8 @@ def test_a_dlabel_atlas_is_matched_by_place(tmp_path):
         ("index\tname\tcolour\n1\tone\tred\n5\ttwo\tblue\n", {1: "one", 5: "two"}),
         ("1 one 10 20 30 0\n5 two 10 20 30 0\n", {1: "one", 5: "two"}),
         ("one\ntwo\n", {1: "one", 2: "two"}),
+        ("index\tname\n0\tBackground\n1\tLeft Amygdala\n2\tRight Amygdala\n", {1: "Left Amygdala", 2: "Right Amygdala"}),
+        ('name,index\n"Gyrus, left",3\n', {3: "Gyrus, left"}),
     ],
 )
 def test_lists_of_names(tmp_path, text, expected):
