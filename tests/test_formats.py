@@ -900,6 +900,255 @@ def test_a_failed_conversion_leaves_nothing_and_an_existing_one_stands(tmp_path)
         convert(Some(FLAT, []), tmp_path / "x", "wds")
 
 
+# what others write, and what damage does ------------------------------------------------------------------
+
+
+def test_gzip_is_told_by_its_bytes_not_by_the_name(tmp_path):
+    import gzip
+
+    source = make(2)
+    write_shards(source, tmp_path / "plain")
+    packed = gzip.compress((tmp_path / "plain/flat_0000.tar").read_bytes())
+    for name in ("x.tgz", "x.tar", "x.bin"):
+        (tmp_path / name).write_bytes(packed)
+        all_same(Shards(tmp_path / name), source)
+    all_same(Shards(f"pipe:cat {tmp_path}/x.tgz"), source)
+    all_same(Shards(f"pipe:gzip -dc {tmp_path}/x.tgz"), source)  # ends in tgz, delivers a tar
+    assert detect(tmp_path / "x.tar") == "wds"
+    with pytest.raises(ValueError, match="uncompressed"):
+        ShardIndex(tmp_path / "x.tar")
+    with pytest.raises(TypeError):
+        len(Shards(tmp_path / "x.tar"))
+
+
+def test_damaged_gzip_is_named_and_counted(tmp_path):
+    import gzip
+
+    write_shards(make(2), tmp_path / "plain")
+    whole = gzip.compress((tmp_path / "plain/flat_0000.tar").read_bytes())
+    rng = np.random.default_rng(0)
+    for at in rng.integers(10, len(whole), 60):
+        (tmp_path / "x.tgz").write_bytes(whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :])
+        with pytest.raises(DamagedFile, match=r"x\.tgz"):
+            list(Shards(tmp_path / "x.tgz"))
+        problems = []
+        list(iter_shard(tmp_path / "x.tgz", on_error="skip", problems=problems))
+        assert problems
+    for cut in rng.integers(1, len(whole), 20):
+        (tmp_path / "x.tgz").write_bytes(whole[:cut])
+        with pytest.raises(DamagedFile):
+            list(Shards(tmp_path / "x.tgz"))
+
+
+def test_damage_in_long_names_is_named(tmp_path):
+    write_shards(Some(FLAT, [replace(make(1).records[0], subject="ü" * 60)]), tmp_path)
+    path = tmp_path / "flat_0000.tar"
+    whole = path.read_bytes()
+    for at in range(512, 660):  # the text of the extended label, which has no checksum
+        for change in (1, 16, 128):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :])
+            with pytest.raises(DamagedFile):
+                list(Shards(path))
+    path.write_bytes(whole[:512] + b"0 path=x\n" + whole[521:])  # a line of no length must not go on for ever
+    with pytest.raises(DamagedFile, match="extended label"):
+        list(Shards(path))
+
+
+def test_every_flip_in_a_header_is_an_error_or_changes_nothing(tmp_path):
+    write_shards(make(1), tmp_path)
+    path = tmp_path / "flat_0000.tar"
+    whole, (good,) = path.read_bytes(), Shards(tmp_path)
+    with tarfile.open(path) as tar:
+        places = {m.name.split(".", 1)[1]: (m.offset_data, m.size) for m in tar}
+    (npy, _), (npz, size) = places["bold.npy"], places["mask.npz"]
+    header, directory = range(npy, npy + 128), range(npz + size - 300, npz + size)
+    for at, flip in [(at, 4) for at in header] + [(at, 1) for at in directory]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
+        for read in (Shards, ShardIndex):
+            try:
+                (found,) = read(path)
+            except DamagedFile:
+                continue
+            assert np.array_equal(found.values, good.values)
+
+
+def test_hidden_members_are_not_counted(tmp_path):
+    write_shards(make(2), tmp_path / "a")
+    with tarfile.open(tmp_path / "a/flat_0000.tar") as old, tarfile.open(tmp_path / "mac.tar", "w") as new:
+        for member in old:
+            hidden = tarfile.TarInfo(f"._{member.name}")
+            hidden.size = 3
+            new.addfile(hidden, io.BytesIO(b"mac"))
+            new.addfile(member, old.extractfile(member))
+    source = Shards(tmp_path / "mac.tar")
+    assert len(source) == len(list(source)) == len(ShardIndex(tmp_path / "mac.tar")) == 2
+
+
+def test_runs_that_only_the_sample_names_tell_apart(tmp_path):
+    write_shards(make(2), tmp_path / "a")
+    with tarfile.open(tmp_path / "a/flat_0000.tar") as old, tarfile.open(tmp_path / "b.tar", "w") as new:
+        for i, member in enumerate(old):
+            meta = {"sub": "101", "mod": "tfMRI", "task": "WM", "mag": "3T", "dir": "LR", "tr": 1.0}
+            data = json.dumps(meta).encode() if member.name.endswith("meta.json") else old.extractfile(member).read()
+            named = tarfile.TarInfo(f"sub-101_mod-tfMRI_task-WM_mag-3T_dir-LR_run-{1 + i // 4}.{member.name.split('.', 1)[1]}")
+            named.size = len(data)
+            new.addfile(named, io.BytesIO(data))
+    assert [r.run for r in Shards(tmp_path / "b.tar")] == ["LR-1", "LR-2"] == ShardIndex(tmp_path / "b.tar").index.run.tolist()
+
+
+def test_no_writer_takes_a_recording_twice(tmp_path):
+    for name, write, layout in (("wds", write_shards, FLAT), ("arrow", write_arrow, PARCELS), ("h5", write_hdf5, PARCELS)):
+        twice = make(1, layout).records * 2
+        with pytest.raises(ValueError, match="once|its own name"):
+            write(Some(layout, twice), tmp_path / name)
+    with pytest.raises(ValueError, match="runs_per_shard=0"):
+        write_shards(make(2), tmp_path / "none", runs_per_shard=0)
+
+
+def test_several_recordings_of_a_person_in_a_table(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    values = [r.values.tolist() for r in make(3, PARCELS, dtype="float32")]
+    table = {formats.RECORDING: values, "Patient ID": ["a", "a", "b"], "Filename": ["a_1.dat", "a_2.dat", "b_1.dat"]}
+    datasets.Dataset.from_dict(table).save_to_disk(str(tmp_path / "t/train"))
+    found = list(ArrowRuns(tmp_path / "t", tr=0.735, space="schaefer100"))
+    assert [r.key for r in found] == ["sub-a_run-a_1", "sub-a_run-a_2", "sub-b"]
+    assert all(np.array_equal(r.values, np.float32(v)) for r, v in zip(found, values, strict=True))
+
+
+def test_damaged_tables_end_in_an_error_not_in_a_crash(tmp_path):
+    import pyarrow as pa
+
+    source = make(3, PARCELS, frames=10, meta={})
+    write_arrow(source, tmp_path)
+    (path,) = (tmp_path / "train").glob("*.arrow")
+    whole = path.read_bytes()
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        stream.read_next_batch()
+        first = file.tell()  # cut here, a shorter stream is left
+    for cut in (first, len(whole) - 8, len(whole) // 2, 0):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DamagedFile, match="arrow: expected a whole Arrow stream"):
+            list(ArrowRuns(tmp_path))
+    path.write_bytes(whole[:first] + b"\xff" * 4 + bytes(4) + whole[first + 8 :])  # an end in the middle
+    with pytest.raises(DamagedFile, match="last row at byte"):
+        list(ArrowRuns(tmp_path))
+    values = source.records[0].values.tobytes()
+    at = whole.index(np.arange(0, 1001, 100, dtype=np.int32).tobytes())  # where the frames of the first run begin
+    assert values in whole
+    path.write_bytes(whole[: at + 8] + np.int32(2**30).tobytes() + whole[at + 12 :])
+    with pytest.raises(DamagedFile):
+        list(ArrowRuns(tmp_path))
+    path.write_bytes(whole)
+    for text in ("", "{", "{}", '{"_data_files": [{}]}', "[]"):
+        (tmp_path / "train/state.json").write_text(text)
+        with pytest.raises(DamagedFile, match=r"state\.json"):
+            list(ArrowRuns(tmp_path))
+
+
+def test_published_h5_with_several_recordings_of_a_visit(tmp_path):
+    text = h5py.string_dtype()
+    with h5py.File(tmp_path / "x*.h5", "w") as f:  # a name of the original has a star in it
+        for i in range(12):
+            f[f"time_series/sample_{i}"] = np.full((100, 20), i, np.float32)
+        f["metadata/subjects"] = np.arange(12) // 2  # numbers, not text
+        f["metadata/sessions"] = np.array(["1"] * 12, dtype=text)
+        f["metadata/file_ids"] = np.array([f"raw/f{i}" for i in range(12)], dtype=text)
+    assert detect(tmp_path / "x*.h5") == "h5"
+    source = HDF5Runs(tmp_path / "x*.h5", tr=2.0, space="schaefer100")
+    assert [r.key for r in source][-2:] == ["sub-5_ses-1_run-f10", "sub-5_ses-1_run-f11"]
+    assert [int(r.values[0, 0]) for r in source] == list(range(12))
+
+
+def test_flips_in_the_structure_of_hdf5_are_named(tmp_path):
+    write_hdf5(make(2, PARCELS, dtype="float32"), tmp_path)
+    path, rng = tmp_path / "data_resampled.h5", np.random.default_rng(1)
+    whole, known = path.read_bytes(), 0
+    for at in rng.integers(0, 6000, 150):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.integers(8)]) + whole[at + 1 :])
+        try:
+            list(HDF5Runs(path))
+        except ValueError:  # DamagedFile is one; nothing else may come out
+            known += 1
+    assert known > 10
+
+
+def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path):
+    write_volumes(make(1, volume_layout()), tmp_path)
+    (path,) = tmp_path.glob("img/*/*.pt")
+    whole, values = path.read_bytes(), VolumeRuns(tmp_path).tensor(0).tobytes()
+    at = whole.index(values) + len(values) // 2
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(DamagedFile, match="checksums"):
+        list(VolumeRuns(tmp_path))
+
+
+def test_a_damaged_source_is_not_converted_into_a_sound_copy(tmp_path):
+    convert(make(2), tmp_path / "a", "wds")
+    shard = tmp_path / "a/flat_0000.tar"
+    whole = shard.read_bytes()
+    at = whole.index(make(2).records[0].values.tobytes()) + 100
+    shard.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert len(list(Shards(tmp_path / "a"))) == 2  # no reader can see it
+    with pytest.raises(DamagedFile, match=r"manifest says, found flat_0000\.tar"):
+        convert(tmp_path / "a", tmp_path / "b", "store")
+    assert not (tmp_path / "b").exists()
+    for format in ("store", "wds"):
+        written = convert(tmp_path / "a", tmp_path / format, format, source_options={"on_error": "skip"})
+        assert "damaged in the source: flat_0000.tar" in json.loads((tmp_path / format / "CONVERSION.json").read_text())["notes"][0]
+        assert written.runs == 2 and verify(tmp_path / format).ok
+    shard.write_bytes(whole)
+    (tmp_path / "a/README").write_text("laid beside the data")
+    assert convert(tmp_path / "a", tmp_path / "c", "store").runs == 2
+
+
+def test_overwriting_after_a_kill_and_never_into_the_source(tmp_path):
+    convert(make(1), tmp_path / "a", "wds")
+    convert(make(1), tmp_path / ".new-a", "wds")  # what a kill just before the swap leaves
+    assert convert(make(3), tmp_path / "a", "wds", overwrite=True).runs == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    for dst in (tmp_path / "a/inside", tmp_path):
+        with pytest.raises(ValueError, match="one inside the other"):
+            convert(tmp_path / "a", dst, "store", overwrite=True)
+    assert verify(tmp_path / "a").ok
+    assert convert(tmp_path / "a", tmp_path / "a", "store", overwrite=True).runs == 3 and detect(tmp_path / "a") == "store"
+
+
+def test_killed_conversions_leave_all_or_nothing(tmp_path):
+    import os
+    import signal
+    import time
+
+    write_store(make(12, PARCELS, frames=400, dtype="float32"), tmp_path / "src", progress=False)
+    convert(tmp_path / "src", tmp_path / "warm", "h5")
+    for i, format in enumerate(("wds", "arrow", "h5", "store") * 3):
+        ready, tell = os.pipe()
+        if (child := os.fork()) == 0:
+            os.write(tell, b"x")
+            try:
+                convert(tmp_path / "src", tmp_path / "dst", format, overwrite=True)
+            finally:
+                os._exit(0)
+        os.read(ready, 1)
+        time.sleep(0.02 * i)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(tell)
+        for left in tmp_path.glob("[.d]*"):  # whatever passes has everything
+            if verify(left).ok:
+                assert len(list(open_source(left))) == 12
+        assert convert(tmp_path / "src", tmp_path / "dst", format, overwrite=True).runs == 12 and verify(tmp_path / "dst").ok
+
+
+def test_a_full_disk_is_said_before_hdf5_breaks(tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    monkeypatch.setattr(formats.shutil, "disk_usage", lambda path: namedtuple("u", "total used free")(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match="full disk") as error:
+        write_hdf5(make(2, PARCELS), tmp_path / "h5")
+    assert error.value.errno == 28 and not list((tmp_path / "h5").iterdir())
+
+
 def test_importing_is_quick_and_needs_no_heavy_package():
     import subprocess
     import sys
