@@ -680,7 +680,7 @@ def _facts(packed: _Packed) -> dict:
         }
     )
 
-# %% ../nbs/01b_storage.ipynb #7e39cf2b
+# %% ../nbs/01b_storage.ipynb #49aec9bb
 _SITE = "building"  # the folder inside a store that is there only while it is under construction
 
 
@@ -689,10 +689,19 @@ def _sidecar(folder: Path, key: str) -> Path:
     return folder / _SITE / f"{slug}.{_hash(key.encode())[:12]}.run.json"
 
 
+def _with_digest(facts: dict) -> bytes:
+    "One line of JSON and one with its digest: events and names come from here, too, not only the signal."
+    text = json.dumps(facts).encode()
+    return text + b"\n" + _hash(text).encode()
+
+
 def _finished_run(folder: Path, path: Path) -> dict | None:
-    "What a sidecar says, if the file it speaks of is there, long enough, and ends as it should."
+    "What a sidecar says, if it is whole and the file it speaks of is there, long enough, and ends as it should."
     try:
-        facts = json.loads(path.read_bytes())
+        text, _, digest = path.read_bytes().rpartition(b"\n")
+        if _hash(text).encode() != digest:
+            return None
+        facts = json.loads(text)
         with open(folder / facts["file"], "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL))
@@ -715,14 +724,14 @@ def _complete(folder: Path):
         _sync_folder(folder)
         site.rmdir()
 
-# %% ../nbs/01b_storage.ipynb #59d7d159
+# %% ../nbs/01b_storage.ipynb #41fe50b1
 def finished_runs(folder: str | Path) -> dict[str, dict]:
     "The runs of a store under construction (or of a finished one) that need not be written again."
     folder = Path(folder)
     _complete(folder)
     if (folder / MANIFEST).exists():
         return {row["key"]: row for row in _index(folder).to_pylist()}
-    every = (_finished_run(folder, path) for path in sorted((folder / _SITE).glob("*.run.json")))
+    every = (_finished_run(folder, path) for path in sorted((folder / _SITE).glob("sub-*.run.json")))
     return {facts["key"]: facts for facts in every if facts}
 
 # %% ../nbs/01b_storage.ipynb #010010d3
@@ -768,7 +777,7 @@ def _agree(folder: Path, settings: dict):
             f"found a run with {', '.join(f'{k} {settings[k]}' for k in different)}"
         )
 
-# %% ../nbs/01b_storage.ipynb #bf2bc98f
+# %% ../nbs/01b_storage.ipynb #495b740d
 def write_run(
     folder: str | Path,  # a store under construction; made if it is not there
     record: Record,
@@ -798,7 +807,7 @@ def write_run(
     if sidecar.exists():
         sidecar.unlink()  # it speaks of a file that is gone
     facts = _write_body(folder, record, layout, settings)
-    if publish_once(sidecar, json.dumps(facts).encode()):
+    if publish_once(sidecar, _with_digest(facts)):
         return _in_time(folder, facts, sidecar)
     return _compare(folder, facts, _finished_run(folder, sidecar))
 
@@ -897,11 +906,22 @@ def _index_bytes(runs: list[dict]) -> bytes:
     )
     return _table_bytes(columns)
 
-# %% ../nbs/01b_storage.ipynb #df6b9e4c
+# %% ../nbs/01b_storage.ipynb #4cabd5cc
 _BODY = (
     "each run: frames x sites, little-endian; if scale is 'site', mean and SD of each site (float32) follow"
 )
 _OWN_FILES = {"layout.npz", "index.parquet", "events.parquet", "frames.f32", "store.json"}
+
+
+def _check_sidecars(folder: Path, runs: dict):
+    "Nobody said to be written is left out because a file was lost or damaged since."
+    sidecars = sorted((folder / _SITE).glob("sub-*.run.json"))
+    if len(sidecars) > len(runs):
+        broken = [path.name for path in sidecars if _finished_run(folder, path) is None]
+        raise ValueError(
+            f"{folder}: expected {len(sidecars)} finished runs, found {len(broken)} whose file or sidecar "
+            f"is damaged or gone ({', '.join(broken[:3])}): write them again"
+        )
 
 
 def _check_complete(folder: Path, runs: dict, expected: list[str]):
@@ -937,7 +957,7 @@ def _write_tables(folder: Path, layout: Layout, runs: list[dict], head: dict):
     _publish(folder / "frames.f32", b"".join(base64.b64decode(run["stats"]) for run in runs))
     _publish(folder / "store.json", (json.dumps(head, indent=1, default=_plain) + "\n").encode())
 
-# %% ../nbs/01b_storage.ipynb #57b1e749
+# %% ../nbs/01b_storage.ipynb #7f5386dd
 def finish_store(
     folder: str | Path,  # a store under construction
     layout: Layout,
@@ -949,6 +969,8 @@ def finish_store(
     "Index, events, frame statistics and layout of a store, then its manifest: from then on it is finished."
     folder = Path(folder)
     runs = finished_runs(folder)
+    if expected is None:
+        _check_sidecars(folder, runs)
     expected = sorted(runs) if expected is None else list(expected)
     _check_complete(folder, runs, expected)
     begun = json.loads(_head(folder).read_text())
@@ -1081,12 +1103,12 @@ class Store:
     def __reduce__(self):
         return Store, (self.path,)
 
-# %% ../nbs/01b_storage.ipynb #a74c4f95
+# %% ../nbs/01b_storage.ipynb #3ac803d3
 def _check_finished(path: Path) -> dict:
     if not path.is_dir():
         raise FileNotFoundError(f"expected the folder of a clip store, found nothing at {path}")
     if not (path / MANIFEST).exists():
-        n = len(list((path / _SITE).glob("*.run.json")))
+        n = len(list((path / _SITE).glob("sub-*.run.json")))
         state = f"a store under construction with {n} finished runs: repeat what began it, and it will go on"
         raise ValueError(
             f"{path}: expected a finished store ({MANIFEST}), found "

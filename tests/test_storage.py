@@ -1120,3 +1120,23 @@ def test_events_in_a_forked_worker(tmp_path):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         found = pool.map_async(store.events, [1, 1]).get(timeout=60)
     assert all(one.equals(store.events(1)) for one in found)
+
+
+def test_a_damaged_sidecar_is_not_believed(tmp_path):
+    "An onset that changed by one bit, and a run whose file is gone, are errors, not another store or a smaller one."
+    source, site = some_source(), tmp_path / "site"
+    for record in source:
+        write_run(site, record, source.layout)
+    sidecar = next(p for p in (site / "building").glob("*.run.json") if b'"onset": 2.5' in p.read_bytes())
+    sidecar.write_bytes(sidecar.read_bytes().replace(b'"onset": 2.5', b'"onset": 6.5'))
+    (site / "building" / ".tmp-1-x.run.json").write_bytes(sidecar.read_bytes())  # of a writer who was killed
+    assert len(finished_runs(site)) == 2
+    with pytest.raises(ValueError, match=r"expected 3 finished runs, found 1 whose file .*sub-01_task-rest"):
+        finish_store(site, source.layout)
+    with pytest.raises(ValueError, match=r"missing: 1 \(sub-01_task-rest\)"):
+        finish_store(site, source.layout, expected=[record.key for record in source])
+    next((site / "runs").glob("sub-02*")).unlink()
+    with pytest.raises(ValueError, match=r"found 2 whose file"):
+        finish_store(site, source.layout)
+    store = write_store(source, site, dtype="float16", progress=False)
+    assert verify(site).ok and store.events(1)["onset"].tolist() == [0.0, 2.5]
