@@ -24,17 +24,9 @@ __all__ = ['UNKNOWN', 'RECORDING_COLUMNS', 'SPLIT_FORMAT', 'FITTED', 'UNFITTED',
            'look_alike', 'connected_groups', 'Split', 'make_split', 'ordered_bits', 'from_ordered_bits', 'select_ranks',
            'exact_quantiles', 'merged_moments', 'Scaler', 'from_normalization_npz', 'to_normalization_npz']
 
-# %% ../nbs/01e_splits.ipynb #cf255a91
-UNKNOWN = (
-    "",
-    "n/a",
-    "N/A",
-    "nan",
-    "NaN",
-    "NaT",
-    "None",
-    "<NA>",
-)  # how tables write that something is not known
+# %% ../nbs/01e_splits.ipynb #f56f8314
+# how tables write that something is not known
+UNKNOWN = ("", "n/a", "N/A", "nan", "NaN", "NaT", "None", "<NA>")
 
 
 def plain_name(value) -> str:
