@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     _other_commands(command)
     return parser
 
-# %% ../nbs/A2_command_line.ipynb #dbebf2c2
+# %% ../nbs/A2_command_line.ipynb #c669e14b
 def _data_commands(command):
     add = (
         inspect := command("inspect", _inspect, "what a file is, and which model would take it")
@@ -156,6 +156,10 @@ def _data_commands(command):
     add("dst", type=Path, help="a folder that does not exist yet")
     add("--format", required=True, help="store, wds, arrow, h5 or pt")
     add("--source-tr", type=float, metavar="SECONDS", help="the TR, where the source does not hold it")
+    add("--source-space", metavar="SPACE", help="which sites these are, where the source does not say")
+    add("--source-axes", choices=("RAS", "LAS"), help="pt: which way the first axis runs, if no file says")
+    add("--source-column", metavar="NAME", help="arrow: the column to read, where there are several")
+    add("--folders", choices=("subject", "recording"), help="pt: one folder for each of these")
     add("--overwrite", action="store_true", help="replace what is at DST, in one step at the end")
     add = command("verify", _verify, "compare every byte with the checksums; 0 only if all fit").add_argument
     add("paths", nargs="+", type=Path, metavar="PATH")
@@ -317,12 +321,18 @@ def _split_options(shares: tuple, asked) -> dict:
         fractions=shares, groups=asked.groups, hold_out=hold_out, stratify=asked.stratify, seed=asked.seed
     )
 
-# %% ../nbs/A2_command_line.ipynb #d462b51b
+# %% ../nbs/A2_command_line.ipynb #8888fcc6
 def _convert(asked) -> int:
     from fmri_book.formats import convert
 
-    options = {"tr": asked.source_tr} if asked.source_tr else None
-    written = convert(asked.src, asked.dst, asked.format, overwrite=asked.overwrite, source_options=options)
+    told = {name: getattr(asked, f"source_{name}") for name in ("tr", "space", "axes", "column")}
+    told = {name: value for name, value in told.items() if value is not None}
+    if asked.folders and asked.format != "pt":
+        raise ValueError(f"expected --folders with --format pt only, found --format {asked.format}")
+    options = {"name": {"recording": "key"}.get(asked.folders, "subject")} if asked.folders else {}
+    written = convert(
+        asked.src, asked.dst, asked.format, overwrite=asked.overwrite, source_options=told, **options
+    )
     if asked.json:
         _print_json(asdict(written))
     else:
@@ -410,7 +420,7 @@ def _fetch(asked) -> int:
     print(json.dumps([str(f) for f in files]) if asked.json else f"{len(files)} files in {folder}")
     return 0
 
-# %% ../nbs/A2_command_line.ipynb #1528119e
+# %% ../nbs/A2_command_line.ipynb #46f2dae1
 def _status_of(error: BaseException) -> int:
     "2 if the call cannot be meant, 1 if something went wrong on the way."
     names = {c.__name__ for c in type(error).__mro__}
@@ -427,8 +437,20 @@ def _status_of(error: BaseException) -> int:
     return 2 if isinstance(error, (ValueError, KeyError)) else 1
 
 
+_IN_THE_SHELL = {
+    "pass tr=… in seconds": "give it with --source-tr",
+    "space=…": "--source-space",
+    "axes='RAS' or axes='LAS'": "--source-axes RAS or --source-axes LAS",
+    "pass column=…": "give --source-column",
+    "pass overwrite=True to": "give --overwrite to",
+    "name='key', or --folders recording on the command line": "--folders recording",
+}  # what a message of the library calls an argument
+
+
 def _say(error: BaseException) -> int:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    for argument, option in _IN_THE_SHELL.items():
+        text = text.replace(argument, option)
     known = isinstance(error, (ValueError, OSError, KeyError, RuntimeError, ImportError))
     kind = "" if known else f"unexpected {type(error).__name__}: "
     print(f"fmri-book: {kind}{text}", file=sys.stderr)

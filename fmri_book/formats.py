@@ -1370,8 +1370,23 @@ def _space_of_coords(coords: np.ndarray) -> Space:
     nothing, inside = np.full(len(coords), ""), np.ones(len(coords), bool)
     return Space(name, "parcels", coords, side, nothing, inside, "native").register()
 
-# %% ../nbs/01d_formats.ipynb #73080903
+# %% ../nbs/01d_formats.ipynb #67b1863a
 _ID_COLUMNS = ("subject", "subject_id", "eid", "Patient ID", "Filename")
+
+
+def _in_name(name: str) -> dict[str, str]:
+    "Subject, session, task and run as a name such as 'sub-01_ses-1_run-2' tells them; any other name is the subject's."
+    parts = dict(re.findall(r"_(ses|task|run)-([^_]+)", name))
+    subject = re.split(r"_(?=(?:ses|task|run)-)", name)[0].removeprefix("sub-")
+    return {"subject": subject} | {
+        p: parts.get(k, "") for p, k in (("session", "ses"), ("task", "task"), ("run", "run"))
+    }
+
+
+def _told_apart(file: str) -> dict[str, str]:
+    "What the name of a file tells of a visit's recordings: session, task and run, or all of it as the run."
+    name = Path(file).stem
+    return {k: v for k, v in _in_name(name).items() if v and k != "subject"} or {"run": name}
 
 
 def _who(facts: dict) -> str | None:
@@ -1419,7 +1434,7 @@ def _values(self: ArrowRuns, table: Path, n: int, row: dict) -> np.ndarray:
     values = flat.to_numpy(zero_copy_only=False).reshape(len(lengths), -1)
     return values if values.dtype in (np.float16, np.float32) else values.astype(np.float32)
 
-# %% ../nbs/01d_formats.ipynb #847ed3e6
+# %% ../nbs/01d_formats.ipynb #2b5cd386
 @patch
 def _record(self: ArrowRuns, table: Path, n: int, row: dict) -> Record:
     import pyarrow as pa
@@ -1431,12 +1446,14 @@ def _record(self: ArrowRuns, table: Path, n: int, row: dict) -> Record:
         raise DamagedFile(f"{where}: expected finite values, found NaN or infinity")
     facts = {name: cell.as_py() for name, cell in row.items() if not pa.types.is_nested(cell.type)}
     meta = _unpack_json(facts.pop("meta", None) or "{}", dict, f"{where}, meta")
-    who = {key: facts.pop(key, None) or "" for key in ("session", "task", "run")}
+    told = {key: facts.pop(key, None) or "" for key in ("session", "task", "run")}
     name = _who(facts)
     if name is None:
         name, meta["subject_source"] = f"{table.name}{n:06d}", "number of the row: the table names nobody"
-    elif "run" not in row and self._times[name] > 1:
-        who["run"] = Path(str(facts.get("Filename") or f"{table.name}{n:06d}")).stem
+    who = {"subject": name} if "run" in row else _in_name(Path(name).stem)
+    who |= {key: value for key, value in told.items() if value}
+    if "run" not in row and self._times[name] > 1:
+        who |= _told_apart(str(facts.get("Filename") or f"{table.name}{n:06d}"))
     events, tr = facts.pop("events", None), _need_tr(facts.pop("tr", None), self.tr, where)
     if others := {k: v for k, v in facts.items() if k not in _ID_COLUMNS and v is not None}:
         meta["phenotypes"] = meta.get("phenotypes") or others
@@ -1444,9 +1461,7 @@ def _record(self: ArrowRuns, table: Path, n: int, row: dict) -> Record:
         meta["split"] = table.name
     rows = None if events is None else _unpack_json(events, list | None, f"{where}, events")
     rows = events_from_list(rows, where)
-    return Record(
-        values, tr, Path(name).stem if "subject" not in facts else name, **who, events=rows, meta=meta
-    )
+    return Record(values, tr, **who, events=rows, meta=meta)
 
 # %% ../nbs/01d_formats.ipynb #642da3ad
 _LISTS = ("subjects", "sessions", "file_ids", "file_paths", "dataset_names")
@@ -1669,7 +1684,7 @@ def _numbered(file, path: Path) -> list[str]:
             )
     return names
 
-# %% ../nbs/01d_formats.ipynb #23a91f27
+# %% ../nbs/01d_formats.ipynb #77fcf1a6
 def _h5_text(file, where: str, i: int, default: str = "") -> str:
     return _text(file[where][i]) if where in file else default
 
@@ -1685,7 +1700,7 @@ def _apart(facts: list[dict], file) -> list[dict]:
     times = Counter(fact["key"] for fact in facts)
     for i, fact in enumerate(facts):
         if times[fact["key"]] > 1 and not fact["run"]:
-            fact["run"] = Path(_h5_text(file, "metadata/file_ids", i)).name
+            fact |= _told_apart(_h5_text(file, "metadata/file_ids", i))
             fact["key"] = run_key(*(fact[part] for part in ("subject", "session", "task", "run")))
     return facts
 
@@ -1873,7 +1888,7 @@ def _flip_x(affine: np.ndarray, size: int) -> np.ndarray:
     "The affine of the same grid, counted from its other end along x."
     return affine @ np.array([[-1.0, 0, 0, size - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
-# %% ../nbs/01d_formats.ipynb #0fd30e6c
+# %% ../nbs/01d_formats.ipynb #c2f87b0d
 def write_volumes(
     source,
     folder: str | Path,
@@ -1902,7 +1917,7 @@ def write_volumes(
         if which in people:
             raise ValueError(
                 f"{record.key}: expected one run of each subject, as the format has one folder each (img/{which}), found a second: "
-                "folders named after the whole recording hold both (name='key', or --folders key on the command line)"
+                "folders named after the whole recording hold both (name='key', or --folders recording on the command line)"
             )
         record, facts = _global_z(record) if normalise else (record, {})
         record = notes.cast(record, "float16")
@@ -2065,7 +2080,7 @@ def _space_of_volumes(runs: VolumeRuns) -> Space:
     ).hexdigest()
     return Space.from_mask(f"volume_{name}", mask, affine, runs._reference)
 
-# %% ../nbs/01d_formats.ipynb #80872262
+# %% ../nbs/01d_formats.ipynb #291fc18d
 @patch
 def _voxels(self: VolumeRuns, i: int, grid: np.ndarray) -> tuple[np.ndarray, ...]:
     sites = self.layout.sites
@@ -2105,13 +2120,12 @@ def record(self: VolumeRuns, i: int) -> Record:  # noqa: F811
     if not _finite(values):
         raise DamagedFile(f"{self.files[i]}: expected finite values, found NaN or infinity")
     events = events_from_list(said.get("events"), str(self.files[i]))
-    who = {k: said.get(k, "") for k in ("session", "task", "run")}
+    parts = ("subject", "session", "task", "run")
+    who = {k: said.get(k, "") for k in parts} if said.get("subject") else _in_name(self.files[i].parent.name)
     tr = _need_tr(said.get("tr"), self._tr, str(self.files[i]))
     kept = {k: said[k] for k in ("mean", "sd") if k in said}
     meta = said.get("meta", {}) | ({"normalised": kept} if kept else {})
-    return Record(
-        values, tr, said.get("subject") or self.files[i].parent.name, **who, events=events, meta=meta
-    )
+    return Record(values, tr, **who, events=events, meta=meta)
 
 # %% ../nbs/01d_formats.ipynb #7feea267
 def read_targets(
@@ -2173,7 +2187,7 @@ def detect(path: str | Path) -> str | None:  # one of FORMATS
         return "h5"
     return "wds" if any(_is_tar(p) for p in path.glob("*.t*") if p.name.endswith(_TAR)) else None
 
-# %% ../nbs/01d_formats.ipynb #8f9d0e16
+# %% ../nbs/01d_formats.ipynb #05b9c170
 def _is_tar(path: Path) -> bool:
     "Whether the file begins with a tar label."
     try:
@@ -2206,10 +2220,22 @@ def open_source(
     "A source of records, whichever format it is in."
     format = format or detect(path)
     if format not in FORMATS:
+        nothing = "" if os.path.exists(path) else ": there is nothing of that name"
+        found = f"none of them{nothing}" if format is None else repr(format)
+        raise ValueError(f"{path}: expected one of the formats {', '.join(FORMATS)}, found {found}")
+    reader = _readers()[format]
+    _need_options(reader, options, f"a reader of '{format}'")
+    return reader(path, **options)
+
+
+def _need_options(function, options: dict, what: str):
+    import inspect
+
+    known = [n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    if unknown := [name for name in options if name not in known]:
         raise ValueError(
-            f"{path}: expected one of the formats {', '.join(FORMATS)}, found {'none of them' if format is None else repr(format)}"
+            f"expected options that {what} has ({', '.join(known) or 'none'}), found {', '.join(unknown)}"
         )
-    return _readers()[format](path, **options)
 
 # %% ../nbs/01d_formats.ipynb #c638c603
 CONVERSION = "CONVERSION.json"
@@ -2257,7 +2283,7 @@ def convert(
         _swap(new, dst)
     return replace(written, path=dst)
 
-# %% ../nbs/01d_formats.ipynb #79bc02ba
+# %% ../nbs/01d_formats.ipynb #b7c08c48
 _UNKNOWN = "expected no such file"  # what `verify` says of a file that somebody laid beside the data
 
 
@@ -2288,6 +2314,7 @@ def _damage(src, skip: bool) -> list[str]:
 
 def _write(source, folder: Path, format: str, options: dict, facts: dict, lost: list[str]) -> Written:
     if format == "store":
+        _need_options(write_store, options, "a store")
         store = write_store(source, folder, progress=False, settings=facts, **options)
         frames, lost = int(store.index["frames"].sum()), [*lost, *_skipped(source)]
         if lost:
@@ -2302,6 +2329,7 @@ def _write(source, folder: Path, format: str, options: dict, facts: dict, lost: 
             )
         return Written(folder, format, len(store), frames, tuple(lost))
     writer = {"wds": write_shards, "arrow": write_arrow, "h5": write_hdf5, "pt": write_volumes}[format]
+    _need_options(writer, options, f"a writer of '{format}'")
     written = writer(source, folder, **options)
     written = replace(written, notes=(*written.notes, *lost, *_skipped(source)))
     report = facts | {

@@ -816,7 +816,7 @@ def _link(source: str, target: str):
             raise
         shutil.copy2(source, target)
 
-# %% ../nbs/02b_prepare.ipynb #2ddcd379
+# %% ../nbs/02b_prepare.ipynb #857ceaba
 def _assemble(
     partial: Path, layout: str, found: Found, results: dict, settings: Settings, facts: dict, split
 ) -> Path:
@@ -842,7 +842,10 @@ def _assemble(
         options["split"] = lambda record: split.of(record.subject)
     elif split is not None and settings.format == "h5":
         options["statistics_of"] = split.subjects("train")
-    convert(storage.Store(store), ready, settings.format, **options)
+    data = storage.Store(store)
+    if settings.format == "pt" and data.index["subject"].duplicated().any():
+        options["name"] = "key"  # people who came more than once: a folder for each recording
+    convert(data, ready, settings.format, **options)
     _write_papers(ready, found, table, facts, split)
     write_manifest(ready, settings.format, runs=len(keys), settings=facts)
     return ready

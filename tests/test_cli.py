@@ -166,6 +166,62 @@ def test_prepare_verify_inspect_convert(prepared, tmp_path, run):
     assert status == 2 and "overwrite" in err
 
 
+def test_convert_asks_in_the_words_of_the_shell(tmp_path, run):
+    import h5py
+
+    from fmri_book.data import Space
+    from fmri_book.formats import VolumeRuns, write_volumes
+    from fmri_book.storage import Layout, Record, write_store
+
+    class Twice:  # one person, scanned twice
+        layout = Layout.of(
+            Space.from_mask("volume_for_cli", np.ones((3, 4, 2), bool), np.eye(4) * 2, "native")
+        )
+
+        def __iter__(self):
+            values = np.random.default_rng(0).standard_normal((20, 24)).astype(np.float16)
+            return (Record(values, 2.0, "01", session=s) for s in ("1", "2"))
+
+    write_store(Twice(), tmp_path / "store", progress=False)
+    status, _, err = run("convert", tmp_path / "store", tmp_path / "pt", "--format", "pt")
+    assert (
+        status == 2 and "--folders recording" in err and "name=" not in err and not (tmp_path / "pt").exists()
+    )
+    status, out, _ = run(
+        "convert", tmp_path / "store", tmp_path / "pt", "--format", "pt", "--folders", "recording"
+    )
+    assert status == 0 and "2 runs" in out and len(VolumeRuns(tmp_path / "pt")) == 2
+    status, _, err = run("convert", tmp_path / "store", tmp_path / "pt", "--format", "pt")
+    assert status == 2 and "--overwrite" in err and "True" not in err
+    for option in (("--source-tr", "2"), ("--source-axes", "LAS")):  # a store knows these itself
+        status, _, err = run("convert", tmp_path / "store", tmp_path / "x", "--format", "wds", *option)
+        assert status == 2 and "a reader of 'store'" in err
+    status, _, err = run(
+        "convert", tmp_path / "store", tmp_path / "x", "--format", "wds", "--folders", "subject"
+    )
+    assert status == 2 and "--format pt" in err
+
+    (tmp_path / "h5").mkdir()
+    with h5py.File(tmp_path / "h5/data_resampled.h5", "w") as file:
+        file["time_series/sample_000000"] = np.ones((100, 20), np.float32)
+    call = ["convert", tmp_path / "h5", tmp_path / "out", "--format", "store"]
+    for asked, option in (("--source-tr", "2"), ("--source-space", "schaefer100")):
+        status, _, err = run(*call)
+        assert status == 2 and asked in err and "=…" not in err
+        call += [asked, option]
+    assert run(*call)[0] == 0 and len(Store(tmp_path / "out")) == 1
+
+    source = Twice()
+    write_volumes(source, tmp_path / "foreign", name="key")
+    for path in (tmp_path / "foreign").glob("img/*/*.json"):
+        path.unlink()
+    call = ["convert", tmp_path / "foreign", tmp_path / "v", "--format", "store", "--source-tr", "2"]
+    status, _, err = run(*call)
+    assert status == 2 and "--source-axes RAS" in err
+    status, _, err = run(*call, "--source-axes", "RAS")
+    assert (status, err) == (0, "") and len(Store(tmp_path / "v")) == 2
+
+
 def test_verify_is_0_only_if_every_byte_is_accounted_for(prepared, run):
     file = next((prepared / "runs").iterdir())
     whole = file.read_bytes()

@@ -1059,6 +1059,27 @@ def test_published_h5_with_several_recordings_of_a_visit(tmp_path):
     assert [int(r.values[0, 0]) for r in source] == list(range(12))
 
 
+def test_names_of_files_and_folders_are_taken_apart(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    values = [r.values.tolist() for r in make(2, PARCELS, dtype="float32")]
+    names = ["sub-01_ses-1_task-rest_bold.dat", "sub-01_ses-2_task-rest_bold.dat"]
+    datasets.Dataset.from_dict({formats.RECORDING: values, "Filename": names}).save_to_disk(str(tmp_path / "t/train"))
+    found = [r.key for r in ArrowRuns(tmp_path / "t", tr=2.0, space="schaefer100")]
+    assert found == ["sub-01_ses-1_task-rest", "sub-01_ses-2_task-rest"]
+    text = h5py.string_dtype()
+    with h5py.File(tmp_path / "x.h5", "w") as f:
+        for i in range(2):
+            f[f"time_series/sample_{i}"] = np.full((100, 20), i, np.float32)
+        f["metadata/subjects"] = np.array(["01", "01"], dtype=text)
+        f["metadata/file_ids"] = np.array([f"sub-01_task-rest_run-{i}" for i in (1, 2)], dtype=text)
+    source = HDF5Runs(tmp_path / "x.h5", tr=2.0, space="schaefer100")
+    assert [r.key for r in source] == ["sub-01_task-rest_run-1", "sub-01_task-rest_run-2"]
+    write_volumes(make(1, volume_layout()), tmp_path / "v", name="key")
+    (told,) = (tmp_path / "v").glob("img/*/*.json")
+    told.unlink()
+    assert [r.key for r in VolumeRuns(tmp_path / "v", tr=2.0, axes="RAS")] == ["sub-000_ses-02_task-rest"]
+
+
 def test_flips_in_the_structure_of_hdf5_are_named(tmp_path):
     write_hdf5(make(2, PARCELS, dtype="float32"), tmp_path)
     path, rng = tmp_path / "data_resampled.h5", np.random.default_rng(1)

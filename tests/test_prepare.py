@@ -235,6 +235,23 @@ def test_every_recording_has_a_row(tmp_path):
     assert list(Store(report.out).index["key"]) == ["sub-01_task-rest"]
 
 
+@pytest.mark.parametrize("sessions", [("1",), ("1", "2")])
+def test_tensors_of_people_who_came_twice_get_a_folder_each(tmp_path, sessions):
+    from fmri_book.formats import VolumeRuns
+
+    for ses in sessions:
+        here = tmp_path / "src" / "sub-01" / f"ses-{ses}" / "func"
+        write_volume(here / f"sub-01_ses-{ses}_task-rest_bold.nii.gz", seed=int(ses))
+    mask = tmp_path / "mask.nii.gz"
+    nib.save(nib.Nifti1Image(np.ones((5, 6, 4), np.uint8), np.diag([3.0, 3, 3, 1])), mask)
+    options = IngestOptions(mask=mask)
+    report = prepare(tmp_path / "src", tmp_path / "out", to="volume", format="pt", options=options, **HERE)
+    assert report.exit_status == 0 and verify(report.out).ok
+    folders = ["01"] if len(sessions) == 1 else ["sub-01_ses-1_task-rest", "sub-01_ses-2_task-rest"]
+    assert sorted(p.name for p in (report.out / "img").iterdir()) == folders
+    assert len(VolumeRuns(report.out)) == len(sessions)
+
+
 def test_a_mask_of_another_shape_is_refused_for_every_run(tmp_path):
     write_volume(tmp_path / "src" / "sub-01_task-rest_bold.nii.gz")
     mask = tmp_path / "mask.nii.gz"
