@@ -425,7 +425,7 @@ def _shape_or_none(path: Path) -> tuple[int, ...] | None:
     except (*_DAMAGE, ImageFileError):
         return None
 
-# %% ../nbs/01c_ingest.ipynb #7ad9b81c
+# %% ../nbs/01c_ingest.ipynb #6c9981fe
 class _Folders:
     "Directory listings, read once."
 
@@ -460,7 +460,7 @@ class _Folders:
                     best, score = path, (len(found), -near)
         return best
 
-
+# %% ../nbs/01c_ingest.ipynb #ad806789
 def _same(entity: str, one: str, other: str) -> bool:
     "Are two values of an entity alike? Numbers are: early fMRIPrep made run-1 out of run-01."
     return one == other or (
@@ -674,7 +674,7 @@ def _tie(key: str, sources: list[Source]) -> Problem:
     remedy = "keep one of them, or choose with --pattern"
     return Problem(key, f"expected every recording once, found {len(sources)} of this name: {names}", remedy)
 
-# %% ../nbs/01c_ingest.ipynb #b3302e0a
+# %% ../nbs/01c_ingest.ipynb #af74f773
 def discover(
     path: str | Path,  # a file or a folder
     *,
@@ -709,7 +709,7 @@ def discover(
         )
     return Discovery(sorted(sources, key=lambda s: s.key), problems)
 
-
+# %% ../nbs/01c_ingest.ipynb #23ab05f6
 def _only_raw(sources: list[Source]) -> list[Problem]:
     "Raw recordings among preprocessed ones: a subject whose preprocessing failed."
     names = {s.key: entities(s.files[0].name) for s in sources if s.scheme == "bids" and s.kind != "parcels"}
@@ -1228,7 +1228,7 @@ def _three_column(folder: Path) -> tuple[pd.DataFrame, list[Decision]]:
         )
     return table, notes
 
-# %% ../nbs/01c_ingest.ipynb #626b9048
+# %% ../nbs/01c_ingest.ipynb #f4410d0b
 @dataclass
 class Confounds:
     "What the tables beside a run say about its frames."
@@ -1236,6 +1236,7 @@ class Confounds:
     regressors: pd.DataFrame | None = None  # one row a frame; to be removed from every site
     steady_from: int = 0  # frames before this one were taken before the magnetisation settled
     rejected: tuple[int, ...] = ()  # frames with too much motion, counted from the start of the file
+    frames: int | None = None  # rows of the table
 
 
 def read_confounds(source: Source, strategy: str = "none") -> tuple[Confounds, list[Decision]]:
@@ -1262,7 +1263,7 @@ def read_confounds(source: Source, strategy: str = "none") -> tuple[Confounds, l
             Decision("confounds", f"a table for '{strategy}'", found, "use another strategy", "refuse")
         ]
 
-# %% ../nbs/01c_ingest.ipynb #42cec28a
+# %% ../nbs/01c_ingest.ipynb #1c763739
 def _motion_table(source: Source, strategy: str):
     if strategy == "none":
         return Confounds(), []
@@ -1284,9 +1285,9 @@ def _motion_table(source: Source, strategy: str):
         "removed",
         "ok",
     )
-    return Confounds(table), [row]
+    return Confounds(table, frames=len(table)), [row]
 
-# %% ../nbs/01c_ingest.ipynb #f9a978ef
+# %% ../nbs/01c_ingest.ipynb #ec843551
 def _fmriprep(source: Source, strategy: str):
     import pandas as pd
     from nilearn.interfaces.fmriprep import load_confounds, load_confounds_strategy
@@ -1296,7 +1297,7 @@ def _fmriprep(source: Source, strategy: str):
     first = int(early.argmin()) if len(early) else 0
     rejected = np.flatnonzero(table.filter(like="motion_outlier").to_numpy().any(1))
     if strategy == "none":
-        return Confounds(None, first, tuple(map(int, rejected))), []
+        return Confounds(None, first, tuple(map(int, rejected)), len(table)), []
     files = [str(p) for p in source.files]
     files = files if len(files) > 1 else files[0]
     with warnings.catch_warnings(record=True) as said:
@@ -1316,7 +1317,7 @@ def _fmriprep(source: Source, strategy: str):
         for w in said
         if w.category is UserWarning
     ]
-    return Confounds(regressors, first, tuple(int(r) for r in rejected if r >= first)), rows
+    return Confounds(regressors, first, tuple(int(r) for r in rejected if r >= first), len(table)), rows
 
 # %% ../nbs/01c_ingest.ipynb #5acb2b62
 @dataclass
@@ -1392,7 +1393,7 @@ def _sidecar_facts(source: Source) -> dict:
         return {"RepetitionTime": float(told["TR"])} if "TR" in told else {}
     return _json(source.sidecar)
 
-# %% ../nbs/01c_ingest.ipynb #9b89f59c
+# %% ../nbs/01c_ingest.ipynb #c6fbd382
 def _examine_time(source: Source, head: _Header, options: IngestOptions, facts: dict) -> float | None:
     "Repetition time, frames to drop, frames to mark, and whether enough is left."
     told = _sidecar_facts(source)
@@ -1411,10 +1412,8 @@ def _examine_time(source: Source, head: _Header, options: IngestOptions, facts: 
         head.note(
             "first frames", "steady magnetisation", f"{first} frames: {why}", "dropped; events move with them"
         )
-    if confounds.regressors is not None and len(confounds.regressors) != head.frames:
-        head.note(
-            "confounds", f"{head.frames} rows", f"{len(confounds.regressors)}", "of another run?", "refuse"
-        )
+    if confounds.frames not in (None, head.frames):
+        head.note("confounds", f"{head.frames} rows", f"{confounds.frames}", "of another run?", "refuse")
     left = head.frames - first
     rejected = [r - first for r in confounds.rejected if first <= r < head.frames]
     if rejected:
