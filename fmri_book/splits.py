@@ -24,7 +24,7 @@ __all__ = ['UNKNOWN', 'RECORDING_COLUMNS', 'SPLIT_FORMAT', 'FITTED', 'UNFITTED',
            'look_alike', 'connected_groups', 'Split', 'make_split', 'ordered_bits', 'from_ordered_bits', 'select_ranks',
            'exact_quantiles', 'merged_moments', 'Scaler', 'from_normalization_npz', 'to_normalization_npz']
 
-# %% ../nbs/01e_splits.ipynb #f56f8314
+# %% ../nbs/01e_splits.ipynb #94e45829
 # how tables write that something is not known
 UNKNOWN = ("", "n/a", "N/A", "nan", "NaN", "NaT", "None", "<NA>")
 
@@ -46,7 +46,7 @@ def look_alike(name: str) -> str:
     "What two spellings of one person have in common: '01', '1' and '1.0'; 'S1' and 's1'."
     return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"^(\d+)\.0+$", r"\1", name.casefold()))
 
-
+# %% ../nbs/01e_splits.ipynb #16e11d9b
 def connected_groups(
     table: pd.DataFrame,
     groups: Sequence[str],  # columns; rows that share a value in one of them belong together

@@ -60,7 +60,7 @@ def run_key(subject: str, session: str = "", task: str = "", run: str = "") -> s
     key = "_".join(f"{name}-{value}" for name, value in parts.items() if value)
     return unicodedata.normalize("NFC", key)  # one letter, one spelling
 
-# %% ../nbs/01b_storage.ipynb #b34c5aea
+# %% ../nbs/01b_storage.ipynb #7ccf5e98
 def _label(value) -> str:
     "A part of a name as text: '' for None and NaN; 1.0, as pandas reads a 1 in a column with gaps, is '1'."
     if value is None or (not isinstance(value, str) and str(value) in ("nan", "<NA>", "NaT")):
@@ -69,7 +69,7 @@ def _label(value) -> str:
         value = int(value)
     return unicodedata.normalize("NFC", str(value))
 
-
+# %% ../nbs/01b_storage.ipynb #3a28736a
 @dataclass(eq=False)
 class Record:
     "One recording, as every format gives and takes it."
@@ -710,7 +710,7 @@ def _finished_run(folder: Path, path: Path) -> dict | None:
         return None
     return facts if whole else None
 
-# %% ../nbs/01b_storage.ipynb #2f79bd48
+# %% ../nbs/01b_storage.ipynb #1916da2d
 def _complete(folder: Path):
     "The last steps of finishing, which may be taken up after a kill: everything is listed in the new manifest."
     site = folder / _SITE
@@ -718,10 +718,11 @@ def _complete(folder: Path):
         return
     with suppress(FileNotFoundError):  # somebody else is at it, too, and was quicker
         for path in site.iterdir():
-            if path.name != MANIFEST:
+            if path.name != MANIFEST and not path.name.startswith(".nfs"):
                 path.unlink(missing_ok=True)
         os.replace(site / MANIFEST, folder / MANIFEST)
         _sync_folder(folder)
+    with suppress(OSError):  # NFS keeps a file under a name like .nfs0001 while somebody reads it
         site.rmdir()
 
 # %% ../nbs/01b_storage.ipynb #41fe50b1
@@ -811,7 +812,7 @@ def write_run(
         return _in_time(folder, facts, sidecar)
     return _compare(folder, facts, _finished_run(folder, sidecar))
 
-# %% ../nbs/01b_storage.ipynb #5b5a0d44
+# %% ../nbs/01b_storage.ipynb #2f94eee2
 def _packed_facts(record: Record, layout: Layout, settings: dict) -> dict:
     packed = _Packed(record, layout, settings)
     for _ in packed:
@@ -832,7 +833,7 @@ def _write_body(folder: Path, record: Record, layout: Layout, settings: dict) ->
         _sync_folder(folder / "runs")
     return facts
 
-
+# %% ../nbs/01b_storage.ipynb #c57d008e
 def _in_time(folder: Path, facts: dict, sidecar: Path) -> dict:
     "What was just written, unless the store was finished in the meantime, without this run."
     if not (folder / MANIFEST).exists():
@@ -906,22 +907,11 @@ def _index_bytes(runs: list[dict]) -> bytes:
     )
     return _table_bytes(columns)
 
-# %% ../nbs/01b_storage.ipynb #4cabd5cc
+# %% ../nbs/01b_storage.ipynb #145e54ce
 _BODY = (
     "each run: frames x sites, little-endian; if scale is 'site', mean and SD of each site (float32) follow"
 )
 _OWN_FILES = {"layout.npz", "index.parquet", "events.parquet", "frames.f32", "store.json"}
-
-
-def _check_sidecars(folder: Path, runs: dict):
-    "Nobody said to be written is left out because a file was lost or damaged since."
-    sidecars = sorted((folder / _SITE).glob("sub-*.run.json"))
-    if len(sidecars) > len(runs):
-        broken = [path.name for path in sidecars if _finished_run(folder, path) is None]
-        raise ValueError(
-            f"{folder}: expected {len(sidecars)} finished runs, found {len(broken)} whose file or sidecar "
-            f"is damaged or gone ({', '.join(broken[:3])}): write them again"
-        )
 
 
 def _check_complete(folder: Path, runs: dict, expected: list[str]):
@@ -930,6 +920,17 @@ def _check_complete(folder: Path, runs: dict, expected: list[str]):
         raise ValueError(
             f"{folder}: expected {len(expected)} different runs, at least one, found {len(runs)}; "
             f"missing: {len(missing)} ({', '.join(missing[:3])}), not expected: {len(others)} ({', '.join(others[:3])})"
+        )
+
+# %% ../nbs/01b_storage.ipynb #768a9bcd
+def _check_sidecars(folder: Path, runs: dict):
+    "Nobody said to be written is left out because a file was lost or damaged since."
+    sidecars = sorted((folder / _SITE).glob("sub-*.run.json"))
+    if len(sidecars) > len(runs):
+        broken = [path.name for path in sidecars if _finished_run(folder, path) is None]
+        raise ValueError(
+            f"{folder}: expected {len(sidecars)} finished runs, found {len(broken)} whose file or sidecar "
+            f"is damaged or gone ({', '.join(broken[:3])}): write them again"
         )
 
 
@@ -1320,7 +1321,7 @@ def verify(
         [*damaged.values(), *problems], len(found) + 1, sum(s.st_size for s in found.values())
     )
 
-# %% ../nbs/01b_storage.ipynb #bd855691
+# %% ../nbs/01b_storage.ipynb #a9d513c8
 def _rows(folder: Path, damaged: dict) -> dict[str, dict]:
     "The rows of the index by file, if something is damaged and the index itself is not."
     if not damaged or damaged.keys() & {"index.parquet", "store.json"}:
@@ -1334,17 +1335,23 @@ def _damaged_frames(folder: Path, name: str, rows: dict) -> str:
     if name not in rows:
         return ""
     head, row = json.loads((folder / "store.json").read_text()), rows[name]
-    step, bad = head["chunk_frames"], []
+    step, spans, bad = head["chunk_frames"], [], []
     size = step * head["n_sites"] * np.dtype(head["dtype"]).itemsize
     body = row["frames"] * head["n_sites"] * np.dtype(head["dtype"]).itemsize
     with open(folder / name, "rb") as file:
         for k, digest in enumerate(row["chunks"]):
             is_scale = k * step >= row["frames"]
             data = file.read(8 * head["n_sites"] if is_scale else min(size, body - k * size))
-            if _hash(data) != digest.hex():
-                last = min((k + 1) * step, row["frames"]) - 1
-                bad.append("mean and SD of the sites" if is_scale else f"frames {k * step} to {last}")
+            if _hash(data) == digest.hex():
+                continue
+            if is_scale:
+                bad = ["mean and SD of the sites"]
+            elif spans and spans[-1][1] == k * step - 1:  # the chunk before is damaged, too
+                spans[-1][1] = min((k + 1) * step, row["frames"]) - 1
+            else:
+                spans.append([k * step, min((k + 1) * step, row["frames"]) - 1])
         trailing = len(file.read())
+    bad = [f"frames {first} to {last}" for first, last in spans] + bad
     what = [f"damaged: {', '.join(bad)}"] if bad else ["all frames are whole"]
     what += [f"{trailing} bytes too many behind them"] if trailing else []
     return f" (run {row['key']}: {'; '.join(what)})"

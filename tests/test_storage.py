@@ -1140,3 +1140,32 @@ def test_a_damaged_sidecar_is_not_believed(tmp_path):
         finish_store(site, source.layout)
     store = write_store(source, site, dtype="float16", progress=False)
     assert verify(site).ok and store.events(1)["onset"].tolist() == [0.0, 2.5]
+
+
+def test_damaged_frames_side_by_side_are_named_as_one_stretch(tmp_path):
+    source = some_source(n=1, frames=20)
+    write_run(tmp_path, source[0], source.layout, dtype="float32", scale="site", chunk_frames=1)
+    store = finish_store(tmp_path, source.layout)
+    path, row = next((tmp_path / "runs").iterdir()), 4 * source.layout.n_sites
+    whole = path.read_bytes()
+    for first, last in ((3, 9), (12, 12), (18, 20)):  # 20: the scale behind the frames
+        whole = whole[: first * row] + bytes((last - first + 1) * row) + whole[(last + 1) * row :]
+    path.write_bytes(whole)
+    assert (
+        "damaged: frames 3 to 9, frames 12 to 12, frames 18 to 19, mean and SD of the sites)"
+        in verify(store.path).problems[0]
+    )
+
+
+def test_a_folder_that_nfs_cannot_let_go_yet(tmp_path):
+    "A sidecar that another machine reads stays for a while as .nfs…; the store is finished, and `verify` names the file."
+    source = some_source(n=1)
+    write_run(tmp_path, source[0], source.layout)
+    held = tmp_path / "building" / ".nfs0000000000000001"
+    held.write_text("{}")
+    store = finish_store(tmp_path, source.layout)
+    assert len(store) == 1 and verify(tmp_path).problems == [
+        "building/.nfs0000000000000001: expected no such file, found 2 bytes"
+    ]
+    held.unlink()
+    assert verify(tmp_path).ok
