@@ -293,17 +293,23 @@ def _whole_size(answer, start: int) -> int | None:
     length = answer.headers.get("Content-Length")
     return int(length) if length else None
 
-# %% ../nbs/01f_public_data.ipynb #efa338d8
+# %% ../nbs/01f_public_data.ipynb #fa5f866e
 def _continue(url: str, part: _Part, size: int | None, headers: dict, timeout: float, bar) -> int | None:
     "One request: from where the part ends, as far as the line holds. Returns the length of the whole file."
     start, tag = part.here, part.tag
     wanted = {"Range": f"bytes={start}-", "If-Range": tag} if start and tag else {}
-    with _ask(url, {**headers, **wanted}, timeout) as answer:
+    with _ask(url, {**headers, **wanted, "Accept-Encoding": "identity"}, timeout) as answer:
+        if (packed := answer.headers.get("Content-Encoding", "identity")) != "identity":
+            raise _damaged(url, "the file as it is", f"it packed on the way ({packed})")
         if answer.status != 206:  # the whole file, from the start
             found = answer.headers.get("ETag", "")
             part.begin(found if found.startswith('"') else "")  # a weak tag does not promise the same bytes
             start = 0
-        whole = _whole_size(answer, start)
+        try:
+            whole = _whole_size(answer, start)
+        except ValueError:
+            part.clear()  # this server cannot continue: the next call starts over
+            raise
         if size is not None and whole is not None and whole != size:
             part.clear()
             raise _damaged(url, f"{size:,} bytes", f"{whole:,} announced by the server")
@@ -390,7 +396,7 @@ def download(
         part.clear()
     return path
 
-# %% ../nbs/01f_public_data.ipynb #6dc4e287
+# %% ../nbs/01f_public_data.ipynb #29ad62f9
 def _in_pieces(url, part: _Part, size, headers, timeout, tries, pause, bar) -> int | None:
     "Request after request until the part is whole; its length, where anybody knows it."
     import http.client
@@ -415,8 +421,9 @@ def _in_pieces(url, part: _Part, size, headers, timeout, tries, pause, bar) -> i
             why = str(error) or type(error).__name__
         failed = 0 if part.here > before else failed + 1
         if failed >= tries:
+            kept = f"; {part.here:,} bytes are kept in {part.file} and will be continued" if part.here else ""
             raise ConnectionError(
-                f"{url}: expected the rest of the file, found {why}, {tries} times in a row; {part.here:,} bytes are kept in {part.file} and will be continued"
+                f"{url}: expected the rest of the file, found {why}, {tries} times in a row{kept}"
             )
         time.sleep(pause * 2 ** max(failed - 1, 0) if failed else 0)
 

@@ -185,6 +185,33 @@ def test_without_a_length_the_size_decides(server, tmp_path):
     assert get(server, tmp_path / "a.tar", size=len(BODY)).read_bytes() == BODY
 
 
+def test_a_file_packed_on_the_way_is_not_taken_for_the_file(server, tmp_path):
+    server.answers = lambda: {"/file.tar": lambda query: (b"packed", {"Content-Encoding": "gzip"})}
+    with pytest.raises(DamagedFile, match="packed on the way"):
+        get(server, tmp_path / "a.tar")
+    assert server.asked[0][1]["Accept-Encoding"] == "identity" and not list(tmp_path.iterdir())
+
+
+def test_a_rest_from_the_wrong_place_is_refused_and_the_next_call_starts_over(server, tmp_path):
+    server.hang_ups = [400_000, 0]
+    with pytest.raises(ConnectionError):
+        get(server, tmp_path / "a.tar", tries=1)
+    assert (tmp_path / "a.tar.part").stat().st_size == 400_000
+    (tmp_path / "a.tar.part").write_bytes(BODY[:1000])
+    send = Handler.send_header
+
+    def wrong(self, name, value):
+        send(self, name, "bytes 7-9/10" if name == "Content-Range" else value)
+
+    try:
+        Handler.send_header = wrong
+        with pytest.raises(ValueError, match="expected bytes from 1000, found the range '7-9'"):
+            get(server, tmp_path / "a.tar")
+    finally:
+        Handler.send_header = send
+    assert get(server, tmp_path / "a.tar").read_bytes() == BODY and server.asked[-1][1].get("Range") is None
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(server, tmp_path, status):
     server.status = [status, status]
@@ -193,8 +220,9 @@ def test_a_busy_server_is_asked_again(server, tmp_path, status):
 
 def test_a_broken_server_is_not_asked_for_ever(server, tmp_path):
     server.status = [503] * 20
-    with pytest.raises(ConnectionError, match="503"):
+    with pytest.raises(ConnectionError, match="503") as error:
         get(server, tmp_path / "a.tar", tries=3)
+    assert "kept" not in str(error.value)  # nothing came
     assert len(server.asked) == 3
 
 
