@@ -425,7 +425,7 @@ def _shape_or_none(path: Path) -> tuple[int, ...] | None:
     except (*_DAMAGE, ImageFileError):
         return None
 
-# %% ../nbs/01c_ingest.ipynb #6c9981fe
+# %% ../nbs/01c_ingest.ipynb #f8bd2a17
 class _Folders:
     "Directory listings, read once."
 
@@ -434,7 +434,7 @@ class _Folders:
 
     def json(self, path: Path) -> dict:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             self.damaged[path] = str(error)
             return {}
@@ -1155,7 +1155,7 @@ def space_of_columns(n: int) -> str:
 
 _SITES = {"fsaverage5": 20484, "fsLR_32k": 64984} | {f"schaefer{n}": n for n in data.PARCEL_COUNTS}
 
-# %% ../nbs/01c_ingest.ipynb #3b6ceeb8
+# %% ../nbs/01c_ingest.ipynb #ac9c35bf
 def read_events(path: Path, task: str = "") -> tuple[pd.DataFrame | None, list[Decision]]:
     "Events from a BIDS table or a folder of three-column files (onset, duration, amplitude), in order of onset."
     import pandas as pd
@@ -1174,6 +1174,8 @@ def read_events(path: Path, task: str = "") -> tuple[pd.DataFrame | None, list[D
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
     if bad := int(rows["onset"].isna().sum()):
         return _bad_events(path, f"{bad} onsets that are not numbers")
+    if bad := int((rows["duration"] < 0).sum()):
+        return _bad_events(path, f"{bad} durations below 0")
     notes = [Decision("events", "a table", f"{len(rows)} in {path.name}, folder {path.parent}", "kept")]
     if blank := int(rows["duration"].isna().sum()):
         rows["duration"] = rows["duration"].fillna(0.0)
@@ -1183,7 +1185,11 @@ def read_events(path: Path, task: str = "") -> tuple[pd.DataFrame | None, list[D
         notes.append(
             Decision("trial_type", "a name for each event", "no column", f"all called '{name}'", "note")
         )
-    rows["trial_type"] = rows["trial_type"].astype(str)
+    if unnamed := int(rows["trial_type"].isna().sum()):
+        notes.append(
+            Decision("trial_type", "a name for each event", f"{unnamed} are n/a", "called 'n/a'", "note")
+        )
+    rows["trial_type"] = rows["trial_type"].fillna("n/a").astype(str)
     return rows.sort_values("onset", kind="stable").reset_index(drop=True), notes
 
 
@@ -1835,7 +1841,7 @@ def _volume_mask(reader: VolumeReader, source: Source, space: str, options: Inge
     level = "ok" if chosen else "note"
     return mask, Decision("mask", "voxels of the brain", how, f"{int(mask.sum()):,} voxels", level)
 
-# %% ../nbs/01c_ingest.ipynb #86569ba2
+# %% ../nbs/01c_ingest.ipynb #b56b73b3
 def _via_grid(grid: tuple[int, ...], affine: np.ndarray) -> str:
     "The built-in voxel space to sample at: 4 mm for voxels of 3.5 mm or more."
     return (
@@ -1846,11 +1852,12 @@ def _via_grid(grid: tuple[int, ...], affine: np.ndarray) -> str:
 
 
 def _alive(reader: VolumeReader, source: Source, options: IngestOptions, first: int) -> np.ndarray:
-    "Voxels that may be averaged: inside the brain mask, or with a value in the first frame."
+    "Voxels that may be averaged: inside the brain mask, or with a value in one of the first eight frames."
     if source.mask:
         return read_mask(source.mask, reader.affine, reader.grid)
-    frame = reader.block(first, first + 1)[..., 0]
-    return np.isfinite(frame) & (frame != 0) if options.nan == "dead" else frame != 0
+    frames = reader.block(first, min(first + 8, reader.frames))  # one frame alone may be 0 by chance
+    alive = (frames != 0).any(-1)
+    return alive & np.isfinite(frames).all(-1) if options.nan == "dead" else alive
 
 
 def _volume_weights(reader, source, space, to, options, first):
@@ -1910,7 +1917,7 @@ def _empty_rows(space: Space, weights) -> list[Decision]:
         )
     ]
 
-# %% ../nbs/01c_ingest.ipynb #bc86bf67
+# %% ../nbs/01c_ingest.ipynb #97fa2bb1
 def _read_volume(source: Source, to: str, options: IngestOptions, facts: dict):
     "A volume carried to its target a block of frames at a time."
     stored = _volume_header(source.files[0]).affine
@@ -1931,8 +1938,8 @@ def _read_volume(source: Source, to: str, options: IngestOptions, facts: dict):
 
 
 def looks_like_labels(frame: np.ndarray) -> bool:
-    "Few whole numbers over many voxels: a segmentation or an atlas, not a signal."
-    if frame.size < 1000 or not np.array_equal(frame, np.rint(frame)):
+    "Few whole numbers from 0 on, over many voxels: a segmentation or an atlas, not a signal."
+    if frame.size < 1000 or frame.min() != 0 or not np.array_equal(frame, np.rint(frame)):
         return False
     return len(np.unique(frame)) <= 64
 

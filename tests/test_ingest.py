@@ -749,6 +749,18 @@ def test_label_images_in_four_dimensions(tmp_path):
         load(discover(path).sources[0], "volume", IngestOptions(source_space="native"))
 
 
+def test_small_whole_numbers_around_zero_are_a_signal(tmp_path):
+    "A demeaned run in int16: no labels, and a voxel that is 0 in the first frame by chance still counts."
+    values = np.rint(np.random.default_rng(0).normal(0, 5, (*GRID, 40))).astype(np.int16)
+    where = "sub-1_task-rest_space-MNI152NLin6Asym_bold.nii"
+    runs = []
+    for name, shift in (("zero", 0), ("high", 1000)):
+        path = save_volume(tmp_path / name / where, (values + shift).astype(np.int16))
+        runs.append(load(discover(path).sources[0], "schaefer100")[0].bold)
+    assert (values[..., 0] == 0).mean() > 0.05
+    np.testing.assert_allclose(runs[1] - runs[0], 1000, atol=1e-3)
+
+
 def test_a_mask_on_another_grid_is_refused(tmp_path):
     path = save_volume(tmp_path / "a_bold.nii.gz", noise((6, 6, 6, 40)), code=1)
     mask = save_volume(tmp_path / "mask.nii.gz", np.ones((6, 6, 7), np.uint8), code=1)
@@ -865,12 +877,25 @@ def test_truncated_files(tmp_path):
 
 @pytest.mark.parametrize(
     "text, what",
-    [("", "No columns"), ("time\tlabel\n1\tx\n", "no duration, onset"), ("onset\tduration\nsoon\t1\n", "not numbers")],
+    [("", "No columns"), ("time\tlabel\n1\tx\n", "no duration, onset"), ("onset\tduration\nsoon\t1\n", "not numbers"), ("onset\tduration\n3\t-1\n", "below 0")],
 )
 def test_damaged_event_tables_are_refused(study, text, what):
     next(study.rglob("*events.tsv")).write_text(text)
     source = discover(study, to="fsaverage5").sources[0]
     assert what in " ".join(examine(source).reasons)
+
+
+def test_events_without_a_name_keep_their_place(tmp_path):
+    (tmp_path / "x_events.tsv").write_bytes("onset\tduration\ttrial_type\r\n5\t2\tn/a\r\n1\t2\tface\r\n".encode("utf-8-sig"))
+    events, decisions = g.read_events(tmp_path / "x_events.tsv")
+    assert list(events.trial_type) == ["face", "n/a"] and level(decisions, "trial_type") == "note"
+
+
+def test_a_sidecar_with_a_byte_order_mark_is_read(tmp_path):
+    save_volume(tmp_path / "sub-1_task-rest_space-MNI152NLin6Asym_bold.nii.gz", noise((*GRID, 40)), tr=1.0)
+    (tmp_path / "sub-1_task-rest_space-MNI152NLin6Asym_bold.json").write_bytes('{"RepetitionTime": 2.0}'.encode("utf-8-sig"))
+    found = discover(tmp_path)
+    assert examine(found.sources[0]).facts["tr"] == 2.0 and not found.problems
 
 
 def test_a_broken_sidecar_is_reported(study):
