@@ -251,7 +251,7 @@ def __iter__(self: Tar) -> Iterator[tuple[str, int]]:
         self.member = ""
     self._only_zeros_follow()
 
-# %% ../nbs/01d_formats.ipynb #71d3229c
+# %% ../nbs/01d_formats.ipynb #34760ac2
 @patch
 def _label(self: Tar, block: bytes) -> tarfile.TarInfo:
     try:
@@ -270,7 +270,7 @@ def _only_zeros_follow(self: Tar):
                 f"{self.where}: expected nothing after the end of the tar at byte {self.offset}, found more data"
             )
 
-
+# %% ../nbs/01d_formats.ipynb #9412d841
 @patch
 def _said(self: Tar, info: tarfile.TarInfo, payload: bytes) -> dict[str, str]:
     try:
@@ -1268,7 +1268,7 @@ class ArrowRuns:
             told and _layout_given(told), _arrow_coords(self.root), n, str(self.folder)
         )
 
-# %% ../nbs/01d_formats.ipynb #124727d7
+# %% ../nbs/01d_formats.ipynb #c05ca72c
 @patch
 def __iter__(self: ArrowRuns) -> Iterator[Record]:  # noqa: F811
     seen = set()
@@ -1285,7 +1285,7 @@ def __iter__(self: ArrowRuns) -> Iterator[Record]:  # noqa: F811
 def __len__(self: ArrowRuns) -> int:  # noqa: F811
     return sum(batch.num_rows for table in self.tables for batch in _arrow_batches(table))
 
-
+# %% ../nbs/01d_formats.ipynb #668e79f4
 def _arrow_batches(table: Path) -> Iterator:
     import pyarrow as pa
 
@@ -1370,7 +1370,7 @@ def _space_of_coords(coords: np.ndarray) -> Space:
     nothing, inside = np.full(len(coords), ""), np.ones(len(coords), bool)
     return Space(name, "parcels", coords, side, nothing, inside, "native").register()
 
-# %% ../nbs/01d_formats.ipynb #67b1863a
+# %% ../nbs/01d_formats.ipynb #0f79de3c
 _ID_COLUMNS = ("subject", "subject_id", "eid", "Patient ID", "Filename")
 
 
@@ -1392,7 +1392,7 @@ def _told_apart(file: str) -> dict[str, str]:
 def _who(facts: dict) -> str | None:
     return next((str(facts[c]) for c in _ID_COLUMNS if facts.get(c) not in (None, "")), None)
 
-
+# %% ../nbs/01d_formats.ipynb #0f16250d
 @patch(as_prop=True)
 def _times(self: ArrowRuns) -> Counter:
     "How often each person comes, over all tables; the values are not touched."
@@ -1405,7 +1405,7 @@ def _times(self: ArrowRuns) -> Counter:
         )
     return self._counted
 
-
+# %% ../nbs/01d_formats.ipynb #c18f9894
 @patch
 def _values(self: ArrowRuns, table: Path, n: int, row: dict) -> np.ndarray:
     import pyarrow as pa
@@ -1538,7 +1538,7 @@ def _h5_begin(file, layout: Layout, path: Path) -> dict[str, int]:
         del file[f"time_series/{name}"]  # a writer died before it counted this one
     return {key: i for i, key in enumerate(file["metadata/file_ids"].asstr()[:next_index])}
 
-# %% ../nbs/01d_formats.ipynb #78a5ce3a
+# %% ../nbs/01d_formats.ipynb #1f7d4dfd
 def _need_room(folder: Path, needed: int):
     if (free := shutil.disk_usage(folder).free) < needed:
         text = (
@@ -1546,7 +1546,7 @@ def _need_room(folder: Path, needed: int):
         )
         raise OSError(errno.ENOSPC, text, str(folder))
 
-
+# %% ../nbs/01d_formats.ipynb #bcb44457
 def _h5_append(file, record: Record, dtype: str, known: dict[str, int]):
     values, n = np.ascontiguousarray(record.values.T), int(file.attrs["next_index"])
     _need_room(Path(file.filename).parent, values.nbytes + 2**20)
@@ -1684,7 +1684,7 @@ def _numbered(file, path: Path) -> list[str]:
             )
     return names
 
-# %% ../nbs/01d_formats.ipynb #77fcf1a6
+# %% ../nbs/01d_formats.ipynb #3a49b5d4
 def _h5_text(file, where: str, i: int, default: str = "") -> str:
     return _text(file[where][i]) if where in file else default
 
@@ -1704,7 +1704,7 @@ def _apart(facts: list[dict], file) -> list[dict]:
             fact["key"] = run_key(*(fact[part] for part in ("subject", "session", "task", "run")))
     return facts
 
-
+# %% ../nbs/01d_formats.ipynb #93f786a9
 @patch
 def _facts(self: HDF5Runs, file, name: str, i: int) -> dict:
     from fmri_book.storage import run_key
@@ -1888,7 +1888,7 @@ def _flip_x(affine: np.ndarray, size: int) -> np.ndarray:
     "The affine of the same grid, counted from its other end along x."
     return affine @ np.array([[-1.0, 0, 0, size - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
-# %% ../nbs/01d_formats.ipynb #c2f87b0d
+# %% ../nbs/01d_formats.ipynb #918c4e6e
 def write_volumes(
     source,
     folder: str | Path,
@@ -1909,8 +1909,7 @@ def write_volumes(
     ):
         raise ValueError(f"expected options as in the signature, found {normalise=}, {background=}, {axes=}")
     _need_sites(source.layout, ("volume",), "pt")
-    notes, people = Notes("pt"), {}
-    folder = _new_folder(folder)
+    notes, people, folder = Notes("pt"), {}, _new_folder(folder)
     source.layout.save(folder / LAYOUT_FILE)
     for record in source:
         which = record.key if name == "key" else record.subject
@@ -2080,7 +2079,7 @@ def _space_of_volumes(runs: VolumeRuns) -> Space:
     ).hexdigest()
     return Space.from_mask(f"volume_{name}", mask, affine, runs._reference)
 
-# %% ../nbs/01d_formats.ipynb #291fc18d
+# %% ../nbs/01d_formats.ipynb #34abf24f
 @patch
 def _voxels(self: VolumeRuns, i: int, grid: np.ndarray) -> tuple[np.ndarray, ...]:
     sites = self.layout.sites
@@ -2110,7 +2109,7 @@ def _check_sums(path: Path):
     except Exception as error:  # damaged bytes make zip say many different things
         raise DamagedFile(f"{path}: expected bytes that fit their checksums, found {error}") from error
 
-
+# %% ../nbs/01d_formats.ipynb #a6e16b10
 @patch
 def record(self: VolumeRuns, i: int) -> Record:  # noqa: F811
     "A whole run."
@@ -2187,7 +2186,7 @@ def detect(path: str | Path) -> str | None:  # one of FORMATS
         return "h5"
     return "wds" if any(_is_tar(p) for p in path.glob("*.t*") if p.name.endswith(_TAR)) else None
 
-# %% ../nbs/01d_formats.ipynb #05b9c170
+# %% ../nbs/01d_formats.ipynb #bcb75fbd
 def _is_tar(path: Path) -> bool:
     "Whether the file begins with a tar label."
     try:
@@ -2207,7 +2206,7 @@ def _is_h5(path: Path) -> bool:
     except OSError:
         return False
 
-
+# %% ../nbs/01d_formats.ipynb #4d5a60f6
 def _readers() -> dict:
     return {"store": Store, "wds": Shards, "arrow": ArrowRuns, "h5": HDF5Runs, "pt": VolumeRuns}
 
@@ -2240,7 +2239,7 @@ def _need_options(function, options: dict, what: str):
 # %% ../nbs/01d_formats.ipynb #c638c603
 CONVERSION = "CONVERSION.json"
 
-# %% ../nbs/01d_formats.ipynb #7bd12cfb
+# %% ../nbs/01d_formats.ipynb #7ab0ae39
 def convert(
     src,  # a path or address, or any source
     dst: str | Path,  # a folder that does not exist yet
@@ -2271,19 +2270,13 @@ def convert(
     if new != dst:  # a conversion that was killed just before the swap
         shutil.rmtree(new, ignore_errors=True)
     with atomic_path(new, folder=True) as folder:
-        written = _write(
-            source,
-            folder,
-            format,
-            options,
-            {"converted_from": str(src if isinstance(src, (str, os.PathLike)) else type(src).__name__)},
-            lost,
-        )
+        origin = str(src if isinstance(src, (str, os.PathLike)) else type(src).__name__)
+        written = _write(source, folder, format, options, {"converted_from": origin}, lost)
     if new != dst:
         _swap(new, dst)
     return replace(written, path=dst)
 
-# %% ../nbs/01d_formats.ipynb #b7c08c48
+# %% ../nbs/01d_formats.ipynb #071056dc
 _UNKNOWN = "expected no such file"  # what `verify` says of a file that somebody laid beside the data
 
 
@@ -2301,7 +2294,7 @@ def _check_apart(src, dst: Path):
             f"expected source and destination apart, found {dst} and {src}, one inside the other"
         )
 
-
+# %% ../nbs/01d_formats.ipynb #503a5552
 def _damage(src, skip: bool) -> list[str]:
     "What the source's own manifest finds wrong with it."
     if not isinstance(src, (str, os.PathLike)) or not os.path.isfile(os.path.join(src, MANIFEST)):
