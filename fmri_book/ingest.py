@@ -374,7 +374,7 @@ def _as_bids(path: Path) -> _Found | str | None:
     rank = 2 * rank + ("echo" in found)  # the combined echoes before a single one
     return _Found(path, "bids", kind, _parts(found), _bids_space(kind, found), rank)
 
-# %% ../nbs/01c_ingest.ipynb #2c2b769a
+# %% ../nbs/01c_ingest.ipynb #a3636920
 def _plain(path: Path, root: Path) -> _Found | str:
     "A file that follows no scheme, or the reason why it cannot be a recording."
     kind, stem = _kind(path.name), path.name.split(".")[0]
@@ -408,7 +408,7 @@ def _plain(path: Path, root: Path) -> _Found | str:
     )
     return _Found(path, "file", kind, parts)
 
-
+# %% ../nbs/01c_ingest.ipynb #05e23199
 def _image(path: Path, **how):
     "nibabel's image, without its remark that CIFTI files leave their voxel sizes at 0."
     import nibabel as nib
@@ -416,7 +416,7 @@ def _image(path: Path, **how):
     logging.getLogger("nibabel.global").setLevel(logging.ERROR)
     return nib.load(path, **how)
 
-# %% ../nbs/01c_ingest.ipynb #0b2e0c1e
+
 def _shape_or_none(path: Path) -> tuple[int, ...] | None:
     from nibabel.filebasedimages import ImageFileError
 
@@ -926,7 +926,7 @@ def _series_shape(shape: tuple[int, ...], head: _Header):
         head.note("axes", "4: x, y, z, time", f"shape {shape}: {what}", "not BOLD", "refuse")
     return shape
 
-# %% ../nbs/01c_ingest.ipynb #81314700
+# %% ../nbs/01c_ingest.ipynb #e03b6bb8
 def _volume_header(path: Path) -> _Header:
     import nibabel as nib
 
@@ -957,7 +957,7 @@ def _volume_header(path: Path) -> _Header:
     _check_values_kind(head, image)
     return head
 
-
+# %% ../nbs/01c_ingest.ipynb #42fd3d45
 def _check_values_kind(head: _Header, image):
     "Real numbers, and not called labels or statistics by their own header."
     if (kind := image.get_data_dtype().kind) not in "iufb":
@@ -1155,7 +1155,7 @@ def space_of_columns(n: int) -> str:
 
 _SITES = {"fsaverage5": 20484, "fsLR_32k": 64984} | {f"schaefer{n}": n for n in data.PARCEL_COUNTS}
 
-# %% ../nbs/01c_ingest.ipynb #ac9c35bf
+# %% ../nbs/01c_ingest.ipynb #e569ad6c
 def read_events(path: Path, task: str = "") -> tuple[pd.DataFrame | None, list[Decision]]:
     "Events from a BIDS table or a folder of three-column files (onset, duration, amplitude), in order of onset."
     import pandas as pd
@@ -1192,7 +1192,7 @@ def read_events(path: Path, task: str = "") -> tuple[pd.DataFrame | None, list[D
     rows["trial_type"] = rows["trial_type"].fillna("n/a").astype(str)
     return rows.sort_values("onset", kind="stable").reset_index(drop=True), notes
 
-
+# %% ../nbs/01c_ingest.ipynb #575c6aed
 def _bad_events(path: Path, found: str) -> tuple[None, list[Decision]]:
     expected = f"onset, duration and trial_type in {path.name}"
     return None, [Decision("events", expected, found, "repair or remove the file", "refuse")]
