@@ -74,7 +74,7 @@ def _options(asked: argparse.Namespace) -> IngestOptions:
     known = [f.name for f in fields(IngestOptions) if hasattr(asked, f.name)]
     return IngestOptions(**{name: getattr(asked, name) for name in known})
 
-# %% ../nbs/A2_command_line.ipynb #dc0f6d5a
+# %% ../nbs/A2_command_line.ipynb #fd9f993f
 def _prepare_parser(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("src", type=Path, help="a folder of recordings, or one file")
@@ -98,6 +98,7 @@ def _prepare_parser(parser: argparse.ArgumentParser):
     add(
         "--overwrite", action="store_true", help="replace an output, drop an unfinished one of other settings"
     )
+    add("--update", action="store_true", help="of a finished store: make only what is new, changed or failed")
     _reading(parser)
     group = parser.add_argument_group("split by people")
     group.add_argument("--split", type=_shares, metavar="SHARES", help="such as .8,.1,.1; or a file")
@@ -180,12 +181,15 @@ def _other_commands(command):
     add("--accept-licence", action="store_true", help="you have read the terms that are shown without it")
     add("--n", type=int, default=1, help="how many files or people; 0 for all")
 
-# %% ../nbs/A2_command_line.ipynb #c5cbb21a
+# %% ../nbs/A2_command_line.ipynb #d4cdaea7
 def _print_json(facts):
     print(json.dumps(facts, indent=1, ensure_ascii=False, default=str))
 
 
 def _inspect(asked) -> int:
+    absent = [str(path) for path in asked.paths if not path.exists()]
+    if absent:
+        raise FileNotFoundError(f"expected a file or a folder, found nothing at {', '.join(absent)}")
     told = [_told(path, asked) for path in asked.paths]
     if asked.json:
         _print_json(told)
@@ -198,8 +202,6 @@ def _told(path: Path, asked) -> dict[str, Any]:
     "What is at a path."
     from fmri_book import formats, ingest
 
-    if not path.exists():
-        raise FileNotFoundError(f"expected a file or a folder, found nothing at {path}")
     if path.is_dir() or path.suffix in (".h5", ".hdf5") or ".tar" in path.suffixes:
         kind = formats.detect(path)
         return _prepared(path, kind) if kind else _folder(path, asked)
@@ -291,7 +293,7 @@ def _in_words(told: dict) -> str:
         )
     return "\n".join(lines)
 
-# %% ../nbs/A2_command_line.ipynb #90466e4e
+# %% ../nbs/A2_command_line.ipynb #88cf3f95
 def _prepare(asked) -> int:
     from fmri_book.prepare import prepare
 
@@ -300,7 +302,7 @@ def _prepare(asked) -> int:
         raise ValueError("expected --split with --groups, --hold-out-site and --participants, found none")
     if isinstance(split, tuple):
         split = _split_options(split, asked)
-    same = "to format tr match_original normalise patch pattern limit participants workers dask dry_run overwrite"
+    same = "to format tr match_original normalise patch pattern limit participants workers dask dry_run overwrite update"
     options = {name: getattr(asked, name) for name in same.split()}
     report = prepare(asked.src, asked.out, options=_options(asked), split=split, **options)
     if asked.json:

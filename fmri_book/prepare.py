@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['FILES', 'TARGETS', 'FORMATS', 'DIED', 'PARTS', 'Settings', 'differences', 'fingerprint', 'flat_frames', 'make_record',
-           'write_simulated_bids', 'Unfinished', 'DiskFull', 'Job', 'work', 'Event', 'in_processes', 'in_this_process',
-           'in_dask', 'Different', 'partial_folder', 'Found', 'read_participants', 'readable', 'Report', 'read_journal',
-           'prepare']
+__all__ = ['FILES', 'TARGETS', 'FORMATS', 'TR_OF_OUTPUT', 'DIED', 'PARTS', 'Settings', 'differences', 'fingerprint',
+           'flat_frames', 'make_record', 'write_simulated_bids', 'Unfinished', 'DiskFull', 'Job', 'work', 'Event',
+           'in_processes', 'in_this_process', 'in_dask', 'Different', 'partial_folder', 'Found', 'read_participants',
+           'readable', 'Report', 'read_journal', 'prepare']
 
 # %% ../nbs/02b_prepare.ipynb #3ff911e9
 FILES = ("atlas", "atlas_labels", "mask")  # options that name a file
@@ -72,7 +72,7 @@ class Settings:
             settle(self, "patch", (self.patch, self.patch))
         self._check()
 
-# %% ../nbs/02b_prepare.ipynb #c834f26e
+# %% ../nbs/02b_prepare.ipynb #57ccab4e
 TARGETS = (*data.SPACES, "flat", "volume", "parcels")
 FORMATS = ("store", "wds", "arrow", "h5", "pt")
 
@@ -87,7 +87,7 @@ def _check(self: Settings):
     }
     for name, (allowed, found) in one_of.items():
         if found not in allowed:
-            raise ValueError(f"expected {name} to be one of {', '.join(allowed)}, found {found!r}")
+            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {found!r}")
     if self.tr is not None:
         data.check_tr(self.tr, "tr")
     if self.to == "flat" and self.normalise != "z":
@@ -160,7 +160,7 @@ def flat_frames(
         frames[start : start + block] = drawn
     return frames
 
-# %% ../nbs/02b_prepare.ipynb #c61f64e2
+# %% ../nbs/02b_prepare.ipynb #3fe53d99
 def _zscored(run: Run) -> tuple[Run, list[Decision]]:
     "Each site of the cortex in its own standard deviations, everything else 0."
     z = data.zscore(run.bold)
@@ -174,6 +174,9 @@ def _zscored(run: Run) -> tuple[Run, list[Decision]]:
     return run.replace(bold=z, meta=run.meta | {"history": history}), [guard]
 
 
+TR_OF_OUTPUT = "TR of the output"
+
+
 def _at_tr(run: Run, tr: float | None, match_original: bool) -> tuple[Run, list[Decision]]:
     "The run at the TR of the output."
     if tr is None or abs(run.tr - tr) < 1e-6:
@@ -181,7 +184,7 @@ def _at_tr(run: Run, tr: float | None, match_original: bool) -> tuple[Run, list[
     again = run.replace(confounds=None).resample(tr, match_original)
     how = "low-pass, then interpolated" if tr > run.tr else "interpolated"
     done = f"{how}: {run.n_frames} -> {again.n_frames} frames"
-    return again, [Decision("TR of the output", f"{tr:g} s", f"{run.tr:g} s", done, "note")]
+    return again, [Decision(TR_OF_OUTPUT, f"{tr:g} s", f"{run.tr:g} s", done, "note")]
 
 # %% ../nbs/02b_prepare.ipynb #1088b51b
 def make_record(
@@ -500,7 +503,7 @@ def _alone(partial: Path):
             yield
             return
 
-# %% ../nbs/02b_prepare.ipynb #d0a71c24
+# %% ../nbs/02b_prepare.ipynb #dba3729a
 def _read_json(path: Path) -> dict | None:
     try:
         return json.loads(path.read_text())
@@ -509,13 +512,15 @@ def _read_json(path: Path) -> dict | None:
 
 
 def _begin(partial: Path, facts: dict, overwrite: bool):
-    "The settings of the unfinished output must be those of now."
+    "The settings of the unfinished output must be those of now, if anything in it is worth keeping."
     before = _read_json(partial / "plan.json")
     if before is not None and (wrong := differences(before, facts)):
-        if not overwrite:
+        done = len(list((partial / "runs").glob("*/building/*.run.json")))
+        if done and not overwrite:
             raise Different(
                 f"{partial}: expected the settings with which this unfinished output was begun, found others "
-                f"({'; '.join(wrong)}). Repeat the first call, choose another name, or start anew with overwrite"
+                f"({'; '.join(wrong)}). Repeat the first call, choose another name, or start anew with overwrite, "
+                f"which drops the {done} recordings that are done in it"
             )
         for path in partial.iterdir():
             if path.name != "lock":
@@ -640,8 +645,13 @@ def _bytes_of(settings: Settings, facts: dict) -> float:
         1 if settings.format == "store" else 2.2
     )  # other formats are made from a store, then it goes
 
-# %% ../nbs/02b_prepare.ipynb #9a6b5022
-def _look(jobs: list[Job], bar, slow: float = 5) -> tuple[list[Job], list[dict], float]:
+# %% ../nbs/02b_prepare.ipynb #4cfd8c12
+def _look(
+    jobs: list[Job],
+    bar,
+    slow: float = 5,
+    decided: dict | None = None,  # takes the decisions about what is good, by key
+) -> tuple[list[Job], list[dict], float]:
     "From headers alone: what is worth a worker, what a rule refuses, and how many bytes it will be, about."
     good, refused, sizes = [], [], []
     for job in jobs:
@@ -668,8 +678,18 @@ def _look(jobs: list[Job], bar, slow: float = 5) -> tuple[list[Job], list[dict],
         else:
             good.append(job)
             sizes.append(_bytes_of(job.settings, seen.facts))
+            if decided is not None:
+                decided[job.source.key] = [asdict(d) for d in (*seen.decisions, *_tr_ahead(job, seen.facts))]
         bar.update()
     return good, refused, len(good) * float(np.mean(sizes)) if sizes else 0.0
+
+# %% ../nbs/02b_prepare.ipynb #e7190cbf
+def _tr_ahead(job: Job, facts: dict) -> list[Decision]:
+    "What will be decided about the TR, as far as a header tells."
+    tr, found = job.settings.tr, facts["tr"]
+    if tr is None or not found or abs(found - tr) < 1e-6:
+        return []
+    return [Decision(TR_OF_OUTPUT, f"{tr:g} s", f"{found:g} s", "to be resampled", "note")]
 
 # %% ../nbs/02b_prepare.ipynb #ad7e4483
 def readable(n_bytes: float) -> str:
@@ -708,7 +728,23 @@ class Report:
         "1 if anything failed or nothing could be used, else 0."
         return int(self.counts.get("failed", 0) > 0 or not set(self.counts) & {"done", "kept", "planned"})
 
-# %% ../nbs/02b_prepare.ipynb #7adbfe3c
+# %% ../nbs/02b_prepare.ipynb #033ead57
+def _decided(table: pd.DataFrame) -> list[str]:
+    "Each kind of note about recordings that are used: how many have it, and the first one's words."
+    used = table[table["status"].isin(["done", "kept", "planned"])]
+    words = {}
+    for text in used["decisions"].fillna(""):
+        for note in (d[6:] for d in text.split(" | ") if d.startswith("note: ")):
+            check, _, what = note.partition(": ")
+            words.setdefault(check, []).append(what)
+    lines = [
+        f"  note     {check} ({len(said)} of {len(used)}{', the first' if len(set(said)) > 1 else ''}): {said[0]}"
+        for check, said in words.items()
+    ]
+    keep = " (--tr keep leaves each run its own)"
+    return [f"{line}{keep}" if line[11:].startswith(TR_OF_OUTPUT) else line for line in lines]
+
+# %% ../nbs/02b_prepare.ipynb #623fc6e1
 @patch
 def __str__(self: Report) -> str:
     said = ", ".join(f"{n} {status}" for status, n in self.counts.items()) or "no recordings"
@@ -720,10 +756,13 @@ def __str__(self: Report) -> str:
         others = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         lines.append(f"  {status:>7}  {rows.iloc[0]['key']}{others}: {reason}")
     lines += [f"  … and {len(reasons) - 10} other reasons: the report has all of them"] * (len(reasons) > 10)
-    lines += [f"{len(self.not_needed)} other files or versions were not needed"] * (len(self.not_needed) > 0)
-    return "\n".join(lines)
+    lines += _decided(self.table)
+    n = len(self.not_needed)
+    return "\n".join(
+        [*lines, *[f"{n} other files or versions were not needed: not_needed.csv names them"] * (n > 0)]
+    )
 
-# %% ../nbs/02b_prepare.ipynb #e18edfd3
+# %% ../nbs/02b_prepare.ipynb #8bf81f4d
 _COLUMNS = (
     "key",
     "subject",
@@ -748,7 +787,7 @@ def _row(source: Source, result: dict, root: Path) -> dict:
     row |= {name: result.get(name) for name in ("status", "reason", "frames", "tr")}
     row["seconds"] = round(row["frames"] * row["tr"], 3) if row["frames"] else None
     said = [f"{d['level']}: {Decision(**d).reason}" for d in result["decisions"]]
-    return row | {"decisions": " | ".join(said)}
+    return row | {"decisions": result.get("said") or " | ".join(said)}
 
 # %% ../nbs/02b_prepare.ipynb #e39685c3
 def _table(found: Found, results: dict[str, dict]) -> pd.DataFrame:
@@ -774,14 +813,14 @@ def _not_needed(found: Found) -> pd.DataFrame:
     rows = [(p.where, p.what, p.remedy) for p in found.problems if p.level != "refuse"]
     return pd.DataFrame(rows, columns=["where", "what", "remedy"])
 
-# %% ../nbs/02b_prepare.ipynb #49d00630
-def _one_layout(results: dict[str, dict]) -> str | None:
-    "The layout that most runs have (in a tie, that of the first key); runs of another are refused."
+# %% ../nbs/02b_prepare.ipynb #fcaedb84
+def _one_layout(results: dict[str, dict], settled: str | None = None) -> str | None:
+    "The layout that is settled, or that most runs have (in a tie, the first key's); runs of another are refused."
     done = [results[k] for k in sorted(results) if results[k].get("layout")]
     layouts = [r["layout"] for r in done]
     if not layouts:
         return None
-    best = max(dict.fromkeys(layouts), key=layouts.count)
+    best = settled or max(dict.fromkeys(layouts), key=layouts.count)
     for r in done:
         if r["layout"] != best:
             why = f"expected the columns of the others (layout {best}), found layout {r['layout']}: another mask, grid or surface"
@@ -850,7 +889,27 @@ def _assemble(
     write_manifest(ready, settings.format, runs=len(keys), settings=facts)
     return ready
 
-# %% ../nbs/02b_prepare.ipynb #d7ba5e63
+# %% ../nbs/02b_prepare.ipynb #3081a865
+def _exchange(a: Path, b: Path) -> bool:
+    "Two folders change names in one step; False where the system cannot do that."
+    import ctypes
+
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        return ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
+    except (AttributeError, OSError):
+        return False
+
+
+def _put_back(out: Path):
+    "The old output, if a kill between two renames left it without its name."
+    partial = partial_folder(out)
+    if not out.exists() and (partial / "replaced" / storage.MANIFEST).exists():
+        with _alone(partial):
+            if not out.exists():
+                os.replace(partial / "replaced", out)
+
+# %% ../nbs/02b_prepare.ipynb #63915730
 def _publish(ready: Path, out: Path, partial: Path):
     "Verify, rename, clean up: in this order."
     checked = verify(ready)
@@ -858,9 +917,10 @@ def _publish(ready: Path, out: Path, partial: Path):
         raise Unfinished(
             f"{ready}: expected every byte as it was written, found {checked}: is the disk failing?"
         )
-    if out.exists():
-        os.replace(out, partial / "replaced")
-    os.replace(ready, out)
+    if not (out.exists() and _exchange(ready, out)):
+        if out.exists():
+            os.replace(out, partial / "replaced")
+        os.replace(ready, out)
     storage._sync_folder(out.parent)
     _clean_up(out, partial)
 
@@ -874,38 +934,67 @@ def _clean_up(out: Path, partial: Path):
             shutil.rmtree(path)
     shutil.rmtree(partial)
 
-# %% ../nbs/02b_prepare.ipynb #2bc7e31f
-def _already(out: Path, facts: dict, found: Found, overwrite: bool) -> Report | None:
-    "What to say if the output is there: nothing to do, or why this call cannot have meant it."
-    if not out.exists():
-        return None
+# %% ../nbs/02b_prepare.ipynb #e64feb9d
+def _news(out: Path, before: dict, now: dict) -> dict[str, list[str]]:
+    "The keys that a finished output and its source do not agree on, by what happened to them."
+    status = _as_before(out).table.set_index("key")["status"]
+    same = [k for k in now if before.get(k) == now[k]]
+    return {
+        "new": [k for k in now if k not in before],
+        "changed": [k for k in now if k in before and before[k] != now[k]],
+        "failed": [k for k in same if status.get(k) == "failed"],
+        "gone": [k for k in before if k not in now and status.get(k) == "kept"],
+    }
+
+
+def _in_words(news: dict[str, list[str]]) -> str:
+    "Such as '50 new (first: sub-201), 2 changed (first: sub-007)'."
+    return ", ".join(f"{len(keys)} {what} (first: {min(keys)})" for what, keys in news.items() if keys)
+
+
+def _papers_of(out: Path) -> dict:
+    "What a finished output says about itself."
     papers = _read_json(out / "prepare.json") if out.is_dir() else None
     if papers is None or not (out / storage.MANIFEST).exists():
         raise Different(
             f"{out}: expected nothing there, or an output of prepare, found something else: choose another name"
         )
+    return papers
+
+# %% ../nbs/02b_prepare.ipynb #5287c38c
+_ONLY_THESE = "--update makes only these (in Python: update=True), --overwrite makes everything anew"
+
+
+def _already(out: Path, facts: dict, found: Found, overwrite: bool, update: bool = False) -> Report | None:
+    "What to say if the output is there: nothing to do, or why this call cannot have meant it."
+    if not out.exists():
+        return None
+    papers = _papers_of(out)
     if overwrite:
         return None
     wrong = differences(papers["settings"], facts)
-    changed = differences(papers["sources"], found.files)
-    if wrong or changed:
+    news = _news(out, papers["sources"], found.files)
+    if update and (
+        _may_update(out, papers["settings"], facts, news) or papers["sources"].keys() != found.files.keys()
+    ):
+        return None
+    if wrong or papers["sources"].keys() != found.files.keys() or news["changed"]:
         what = (
-            "; ".join(wrong)
-            or f"{len(changed)} recordings changed, came or went (first: {changed[0].split(':')[0]})"
+            "; ".join(wrong) or _in_words(news) or "recordings that it could not use are gone from the source"
         )
-        raise Different(
-            f"{out}: it is finished, but not from these settings and files: {what}. Choose another name, or overwrite"
-        )
+        ways = _ONLY_THESE if not wrong else "Choose another name, or --overwrite (in Python: overwrite=True)"
+        raise Different(f"{out}: it is finished, but not from these settings and files: {what}. {ways}")
     partial = partial_folder(out)
-    if partial.exists() and _read_json(partial / "plan.json") in (
-        facts,
-        None,
-    ):  # killed between the rename and the last broom
-        with _alone(partial):
+    if partial.exists() and ((plan := _read_json(partial / "plan.json")) is None or _same_plan(plan, facts)):
+        with _alone(partial):  # killed between the rename and the last broom
             _clean_up(out, partial)
     return _as_before(out)
 
-# %% ../nbs/02b_prepare.ipynb #6e0dbd81
+
+def _same_plan(plan: dict, facts: dict) -> bool:
+    return {k: v for k, v in plan.items() if k != "update"} == facts
+
+# %% ../nbs/02b_prepare.ipynb #825f3575
 def _as_before(out: Path) -> Report:
     import pandas as pd
 
@@ -914,8 +1003,78 @@ def _as_before(out: Path) -> Report:
     table["status"] = table["status"].replace("done", "kept")
     note = "nothing to do: it is finished, with these settings and from these files"
     if failed := int((table["status"] == "failed").sum()):
-        note += f"; {failed} failed then: mend what was wrong and use overwrite to make it anew"
+        note += f"; but {failed} failed then: mend what was wrong, then {_ONLY_THESE}"
     return Report(out, table, pd.read_csv(out / "not_needed.csv"), note)
+
+# %% ../nbs/02b_prepare.ipynb #f5ebfe00
+def _may_update(out: Path, before: dict, facts: dict, news: dict[str, list[str]]) -> bool:
+    "Whether there is anything to update. Raises if the old and the new runs would not fit together."
+    if wrong := [d for d in differences(before, facts) if not d.startswith("split: ")]:
+        raise Different(
+            f"{out}: expected the settings it was made with, for an update, found others: {'; '.join(wrong)}"
+        )
+    if news["gone"]:
+        raise Different(
+            f"{out}: expected all its recordings in the source, found {_in_words({'gone': news['gone']})} or refused now. "
+            "An update drops nothing: bring them back, or make everything anew with --overwrite"
+        )
+    old, new = ((f.get("split") or {"parts": {}})["parts"] for f in (before, facts))
+    where = {subject: part for part, subjects in new.items() for subject in subjects}
+    moved = [(s, a, where[s]) for a, subjects in old.items() for s in subjects if where.get(s, a) != a]
+    if moved:
+        raise Different(
+            f"{out}: expected everybody in the part where they were, found {len(moved)} who would move (first: "
+            f"{moved[0][0]} from {moved[0][1]} to {moved[0][2]}). Give --split FILE with the old people where they are"
+        )
+    return any(news.values()) or before != facts
+
+# %% ../nbs/02b_prepare.ipynb #114519c3
+def _sidecar_again(store: storage.Store, i: int, row: dict, events: list[dict]) -> dict:
+    "What `write_run` said about a run of a finished store: its row of the index, its events, its statistics."
+    import base64
+
+    with open(store.path / row["file"], "rb") as file:
+        file.seek(max(0, row["bytes"] - storage._TAIL))
+        tail = storage._hash(file.read())
+    stats = np.stack(store.frame_stats(i)).astype("<f4").tobytes()
+    chunks = [c.hex() for c in row.pop("chunks")]
+    mine = None if row.pop("n_events") < 0 else [e | {"more": json.loads(e["more"])} for e in events]
+    told = {"meta": json.loads(row.pop("meta")), "events": mine, "chunks": chunks, "tail": tail}
+    return row | told | {"stats": base64.b64encode(stats).decode()}
+
+# %% ../nbs/02b_prepare.ipynb #8335d443
+def _adopt(out: Path, partial: Path, found: Found, settings: Settings) -> str:  # its layout
+    "What stays of a finished store becomes part of the one under construction."
+    import pyarrow.parquet as pq
+
+    store, before = storage.Store(out), _papers_of(out)["sources"]
+    layout = store.layout.digest
+    begun = partial / "runs" / layout
+    begun.mkdir(parents=True, exist_ok=True)
+    store.layout.save(begun.with_suffix(".npz"))
+    storage._agree(begun, storage._settings(store.layout, store.dtype, store.scale, store.chunk_frames))
+    (begun / "runs").mkdir(exist_ok=True)
+    rows = pq.read_table(out / "index.parquet").to_pylist()
+    events = pq.read_table(out / "events.parquet")
+    said = _as_before(out).table.set_index("key")["decisions"].to_dict()
+    have, first = storage.finished_runs(begun), 0
+    for i, row in enumerate(rows):
+        key, n = row["key"], max(0, row["n_events"])
+        mine, first = events.slice(first, n).to_pylist(), first + n
+        done = key in have and _result_path(partial, key).exists()
+        if done or before.get(key) is None or before[key] != found.files.get(key):
+            continue
+        if storage._file_digest(out / row["file"]) != row["blake2b"]:
+            continue  # damaged since: made anew
+        sidecar = storage._with_digest(_sidecar_again(store, i, row, mine))
+        (begun / row["file"]).unlink(missing_ok=True)
+        _link(out / row["file"], begun / row["file"])
+        with atomic_path(storage._sidecar(begun, key)) as temporary:
+            temporary.write_bytes(sidecar)
+        job = Job(found.sources[key], settings, partial, found.files[key])
+        known = dict(layout=layout, frames=row["frames"], tr=row["tr"], decisions=[], said=said.get(key, ""))
+        _save_result(job, status="done", reason="", **known)
+    return layout
 
 # %% ../nbs/02b_prepare.ipynb #ea6101e0
 def read_journal(
@@ -995,7 +1154,7 @@ def _make_all(found: Found, settings: Settings, partial: Path, how: dict, progre
             _do(jobs, results, journal, bar, **how)
     return results
 
-# %% ../nbs/02b_prepare.ipynb #6ca0e77b
+# %% ../nbs/02b_prepare.ipynb #68393e37
 def prepare(
     src: str | Path,  # a folder of recordings, or one file
     out: str | Path,  # a folder that does not exist yet; made in `out`.partial
@@ -1016,25 +1175,33 @@ def prepare(
     dask: str | None = None,  # instead of workers: 'local', or the address of a scheduler
     retries: int = 1,  # for recordings whose worker died
     dry_run: bool = False,
-    overwrite: bool = False,
+    overwrite: bool = False,  # make everything anew; the old output stays until the new one is verified
+    update: bool = False,  # make only what is new, changed or failed; for stores
     progress: bool = True,
 ) -> Report:
     "Recordings into one finished data set. Killed at any moment, the same call goes on where it was."
     start, src, out = time.time(), Path(src).absolute(), Path(out).absolute()
     settings = Settings(to, format, options, tr, match_original, normalise, scale, patch)
+    _check_update(update, overwrite, settings)
     found = _find(src, out, settings, pattern, limit)
+    if update and split is None and (out / "split.json").exists():
+        split = out / "split.json"  # people stay where they are
     planned = _planned_split(split, participants, found)
     facts = settings.facts() | {"split": planned and json.loads(json.dumps(planned.to_dict()))}
-    if report := _would(found, settings, out) if dry_run else _already(out, facts, found, overwrite):
+    if not dry_run:
+        _put_back(out)
+    if dry_run:
+        return _would(found, settings, out, facts, update)
+    if report := _already(out, facts, found, overwrite, update):
         return report
     with _full_disk_said(out):
         how = dict(workers=workers, dask=dask, retries=retries)
-        results = _through(found, settings, out, facts, planned, overwrite, how, progress)
+        results = _through(found, settings, out, facts, planned, overwrite, update, how, progress)
     left = partial_folder(out)
     note = f"nothing could be used, so there is no output; the report is in {left}" if left.exists() else ""
     return Report(out, _table(found, results), _not_needed(found), note, round(time.time() - start, 2))
 
-# %% ../nbs/02b_prepare.ipynb #b8546320
+# %% ../nbs/02b_prepare.ipynb #464e3cf1
 @contextmanager
 def _full_disk_said(out: Path):
     try:
@@ -1046,13 +1213,37 @@ def _full_disk_said(out: Path):
         raise Unfinished(f"{why}; make room and repeat the call") from error
 
 
-def _through(found, settings, out, facts, split, overwrite, how, progress) -> dict[str, dict]:
+def _stay(out: Path, facts: dict, found: Found) -> dict[str, dict]:
+    "What an update would keep."
+    papers = _papers_of(out)
+    _may_update(out, papers["settings"], facts, _news(out, papers["sources"], found.files))
+    rows = _as_before(out).table.query("status == 'kept'").to_dict("records")
+    same = [r for r in rows if found.files.get(r["key"]) == papers["sources"][r["key"]]]
+    return {r["key"]: r | {"said": r["decisions"], "decisions": []} for r in same}
+
+
+def _check_update(update: bool, overwrite: bool, settings: Settings):
+    if update and overwrite:
+        raise ValueError(
+            "expected update or overwrite, found both: one keeps what is done, the other drops it"
+        )
+    if update and settings.format != "store":
+        raise ValueError(
+            f"expected format='store' for an update, found {settings.format!r}: update a store, "
+            "then write the other format from it (fmri-book convert)"
+        )
+
+
+def _through(found, settings, out, facts, split, overwrite, update, how, progress) -> dict[str, dict]:
     "The work itself, from the lock to the rename."
-    partial = partial_folder(out)
+    partial, settled = partial_folder(out), None
     with _alone(partial):
-        _begin(partial, facts, overwrite)
+        update = update and out.exists()
+        _begin(partial, facts | ({"update": True} if update else {}), overwrite)
+        if update:
+            settled = _adopt(out, partial, found, settings)
         results = _make_all(found, settings, partial, how, progress)
-        layout = _one_layout(results)
+        layout = _one_layout(results, settled)
         if layout is None:
             _write_papers(partial, found, _table(found, results), facts, split)
             return results
@@ -1061,14 +1252,17 @@ def _through(found, settings, out, facts, split, overwrite, how, progress) -> di
     return results
 
 
-def _would(found: Found, settings: Settings, out: Path) -> Report:
+def _would(found: Found, settings: Settings, out: Path, facts: dict, update: bool = False) -> Report:
     "A dry run: what would be done, from headers alone; nothing is written."
     from tqdm import tqdm
 
-    jobs = [Job(s, settings, partial_folder(out), found.files[k]) for k, s in sorted(found.sources.items())]
+    stays = _stay(out, facts, found) if update and out.exists() else {}
+    todo = [(k, s) for k, s in sorted(found.sources.items()) if k not in stays]
+    jobs, decided = [Job(s, settings, partial_folder(out), found.files[k]) for k, s in todo], {}
     with tqdm(disable=True) as bar:
-        good, refused, needed = _look(jobs, bar, slow=np.inf)
-    results = {j.source.key: dict(status="planned", reason="", decisions=[]) for j in good}
-    results |= {r["key"]: r for r in refused}
+        good, refused, needed = _look(jobs, bar, slow=np.inf, decided=decided)
+    known = {j.source.key: decided.get(j.source.key, []) for j in good}
+    results = {k: dict(status="planned", reason="", decisions=d) for k, d in known.items()}
+    results |= stays | {r["key"]: r for r in refused}
     note = f"a dry run: nothing was written; the output will take about {readable(needed)}"
     return Report(out, _table(found, results), _not_needed(found), note)

@@ -365,7 +365,7 @@ def test_nothing_to_do_the_second_time(bids, tmp_path):
         report.note.startswith("nothing to do") and report.counts == {"kept": 10} and report.exit_status == 0
     )
     assert before == {k: (out / k).stat().st_mtime_ns for k in contents(out)}
-    with pytest.raises(Different, match="1 recordings changed"):
+    with pytest.raises(Different, match="1 changed"):
         np.save(
             next(bids.rglob("*rest*.npy")), np.random.default_rng(0).standard_normal((60, 100)).astype("f4")
         )
@@ -410,8 +410,207 @@ def test_a_kill_after_the_rename_leaves_only_sweeping(bids, tmp_path, monkeypatc
 
 def test_limit_then_all(bids, tmp_path):
     assert prepare(bids, tmp_path / "few", to="schaefer100", limit=2, **HERE).counts == {"done": 2}
-    with pytest.raises(Different, match="8 recordings"):
+    with pytest.raises(Different, match="8 new"):
         prepare(bids, tmp_path / "few", to="schaefer100", **HERE)
+
+
+# ------------------------------------------------------------------------------------- new recordings, after the fact
+
+
+def spoil(path):
+    "A recording that fails, and what it was."
+    whole = path.read_bytes()
+    path.write_bytes(b"not an array" + whole[12:])
+    return whole
+
+
+@pytest.fixture
+def finished(bids, tmp_path, monkeypatch):
+    "An output of seven recordings, of which one failed; the source now has ten, one of them changed, none of them bad."
+    later = tmp_path / "later"
+    for path in sorted(bids.glob("sub-*"))[4:]:
+        shutil.move(path, later / path.name)
+    first = sorted(bids.rglob("*_bold.npy"))
+    honest = P.make_record
+
+    def fails(source, settings):
+        if source.files[0] == first[2]:
+            raise OSError("the disk coughed")
+        return honest(source, settings)
+
+    with monkeypatch.context() as m:
+        m.setattr(P, "make_record", fails)
+        report = prepare(bids, tmp_path / "out", to="schaefer100", **HERE)
+    assert report.counts == {"done": 7, "failed": 1} and report.exit_status == 1
+    for path in later.iterdir():
+        shutil.move(path, bids / path.name)
+    np.save(first[5], np.load(first[5])[::-1].copy())
+    return bids, report.out
+
+
+def test_an_update_makes_only_what_is_new_changed_or_failed(finished, tmp_path):
+    bids, out = finished
+    before = contents(out)
+    with pytest.raises(Different, match=r"2 new .*1 changed .*1 failed .*--update"):
+        prepare(bids, out, to="schaefer100", **HERE)
+    dry = prepare(bids, out, to="schaefer100", update=True, dry_run=True, **HERE)
+    assert dry.counts == {"kept": 6, "planned": 4} and contents(out) == before
+    report = prepare(bids, out, to="schaefer100", update=True, **HERE)
+    assert report.counts == {"kept": 6, "done": 4} and report.exit_status == 0
+    ends = journal(tmp_path / "out.journal.jsonl").query("what == 'end'")
+    assert sorted(ends["key"]) == sorted(report.table.query("status == 'done'")["key"])
+    calm = prepare(bids, tmp_path / "calm", to="schaefer100", **HERE)
+    assert contents(out) == contents(calm.out) and verify(out).ok and not partial_folder(out).exists()
+    kept = [name for name in before if name.startswith("runs/") and name in contents(out)]
+    assert len(kept) == 6 and all(contents(out)[name] == before[name] for name in kept)
+    again = prepare(bids, out, to="schaefer100", update=True, **HERE)
+    assert again.note.startswith("nothing to do") and again.counts == {"kept": 10}
+
+
+def test_an_update_never_writes_to_the_old_output(finished, tmp_path, monkeypatch):
+    "Stopped before each of its steps, the old output stays whole; and the next start goes on."
+    bids, out = finished
+    before = contents(out)
+    for step in ("_adopt", "_make_all", "_assemble", "_publish", "verify", "_exchange"):
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as m:
+            m.setattr(P, step, stop)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(bids, out, to="schaefer100", update=True, **HERE)
+        assert contents(out) == before and verify(out).ok, step
+    report = prepare(bids, out, to="schaefer100", update=True, **HERE)
+    assert (
+        report.counts == {"kept": 10} and verify(out).ok
+    )  # those that were made before the stop are kept, too
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_kill_around_the_exchange_of_names(finished, tmp_path, monkeypatch, exchange):
+    bids, out = finished
+    before, rename = contents(out), os.replace
+
+    def once(a, b):
+        rename(a, b)
+        if Path(b).name == "replaced":
+            raise KeyboardInterrupt  # between the two renames
+
+    with monkeypatch.context() as m:
+        if exchange:
+            m.setattr(P, "_clean_up", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        else:
+            m.setattr(P, "_exchange", lambda *_: False)
+            m.setattr(P.os, "replace", once)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(bids, out, to="schaefer100", update=True, **HERE)
+    assert out.exists() == exchange
+    if not exchange:
+        P._put_back(out)
+        assert contents(out) == before and verify(out).ok
+    report = prepare(bids, out, to="schaefer100", update=True, **HERE)
+    assert report.counts == {"kept": 10} and verify(out).ok and not partial_folder(out).exists()
+
+
+def test_sigkill_in_the_middle_of_an_update(bids_once, bids, tmp_path):
+    out = tmp_path / "out"
+    later = [Path(shutil.move(p, tmp_path / p.name)) for p in sorted(bids.glob("sub-*"))[1:]]
+    prepare(bids, out, to="schaefer100", **HERE)
+    before = contents(out)
+    for path in later:
+        shutil.move(path, bids / path.name)
+    command = [sys.executable, "-m", "fmri_book.cli", "prepare", bids, out, "--to", "schaefer100", "--update"]
+    for ended in (0, 2, 5):
+        process = subprocess.Popen(
+            [*command, "--workers", "1"],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        results = partial_folder(out) / "results"
+        wait_for(lambda n=2 + ended, r=results: len(list(r.glob("*.json"))) >= n or not out.exists())
+        process.kill()
+        process.wait()
+        assert contents(out) == before and verify(out).ok and not verify(partial_folder(out)).ok
+    assert subprocess.run([*command, "--workers", "0"], env=environment(), check=False).returncode == 0
+    calm = prepare(bids, tmp_path / "calm", to="schaefer100", **HERE)
+    assert contents(out) == contents(calm.out) and verify(out).ok and not partial_folder(out).exists()
+
+
+def test_what_an_update_refuses(finished, tmp_path):
+    bids, out = finished
+    before = contents(out)
+    with pytest.raises(Different, match=r"tr: was 1\.0, is 2\.0"):
+        prepare(bids, out, to="schaefer100", tr=2.0, update=True, **HERE)
+    with pytest.raises(ValueError, match="fmri-book convert"):
+        prepare(bids, out, to="schaefer100", format="h5", update=True, **HERE)
+    with pytest.raises(ValueError, match="found both"):
+        prepare(bids, out, to="schaefer100", update=True, overwrite=True, **HERE)
+    gone = min(bids.rglob("*rest*_bold.npy"))
+    gone.rename(tmp_path / "withdrawn.npy")
+    with pytest.raises(Different, match=r"1 gone \(first: sub-sim-0001_.*drops nothing"):
+        prepare(bids, out, to="schaefer100", update=True, **HERE)
+    assert contents(out) == before and not partial_folder(out).exists()
+
+
+def test_a_damaged_run_is_made_again_by_an_update(finished, tmp_path):
+    bids, out = finished
+    victim = min((out / "runs").iterdir())
+    raw = bytearray(victim.read_bytes())
+    raw[100] ^= 1
+    victim.write_bytes(raw)
+    report = prepare(bids, out, to="schaefer100", update=True, **HERE)
+    assert report.counts == {"kept": 5, "done": 5} and verify(out).ok
+
+
+def test_an_update_moves_nobody_to_another_part(bids, tmp_path):
+    later = Path(shutil.move(max(bids.glob("sub-*")), tmp_path / "sub-later"))
+    out = prepare(bids, tmp_path / "out", to="schaefer100", split=(0.5, 0.0, 0.5), **HERE).out
+    split = json.loads((out / "split.json").read_text())
+    shutil.move(later, bids / "sub-sim-0005")
+    with pytest.raises(ValueError, match="expected (all 5 subjects|only subjects)"):
+        prepare(bids, out, to="schaefer100", update=True, **HERE)  # nobody said where the new one belongs
+    moved = tmp_path / "moved.json"
+    parts = {part: list(names) for part, names in split["parts"].items()}
+    someone = parts["train"].pop()
+    parts["test"] += [someone, "sim-0005"]
+    moved.write_text(json.dumps(split | {"parts": parts}))
+    with pytest.raises(Different, match=f"{someone} from train to test"):
+        prepare(bids, out, to="schaefer100", update=True, split=moved, **HERE)
+    parts["test"].remove(someone)
+    parts["train"].append(someone)
+    moved.write_text(json.dumps(split | {"parts": parts}))
+    report = prepare(bids, out, to="schaefer100", update=True, split=moved, **HERE)
+    assert report.counts == {"kept": 8, "done": 2} and verify(out).ok
+    assert "sim-0005" in json.loads((out / "split.json").read_text())["parts"]["test"]
+
+
+def test_overwrite_after_a_killed_update_makes_everything(finished, monkeypatch):
+    bids, out = finished
+    with monkeypatch.context() as m:
+        m.setattr(P, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(bids, out, to="schaefer100", update=True, **HERE)
+    assert prepare(bids, out, to="schaefer100", overwrite=True, **HERE).counts == {"done": 10}
+
+
+def test_other_settings_are_welcome_where_nothing_was_done(tmp_path):
+    "After 'give --source-tr', the same call with --source-tr works."
+    np.save(tmp_path / "sub-01_task-rest_bold.npy", np.random.default_rng(0).standard_normal((90, 100)))
+    src, out = tmp_path / "sub-01_task-rest_bold.npy", tmp_path / "out"
+    refused = prepare(src, out, to="schaefer100", **HERE)
+    assert refused.counts == {"refused": 1} and "--source-tr" in str(refused)
+    told = prepare(src, out, to="schaefer100", options=IngestOptions(source_tr=2.0), **HERE)
+    assert told.counts == {"done": 1} and verify(out).ok
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_resampled_tr_is_said(bids, tmp_path, dry_run):
+    said = str(prepare(bids, tmp_path / "out", to="schaefer100", dry_run=dry_run, **HERE))
+    assert "TR of the output (10 of 10): expected 1 s, found 1.4 s" in said and "--tr keep" in said
+    kept = str(prepare(bids, tmp_path / "own", to="schaefer100", tr=None, dry_run=dry_run, **HERE))
+    assert "TR of the output" not in kept
 
 
 # ---------------------------------------------------------------------------------------------------------- the split
