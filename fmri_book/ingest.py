@@ -1516,8 +1516,9 @@ def _parcel_space(said: str, source: Source, head: _Header, options: IngestOptio
     )
     return said
 
-# %% ../nbs/01c_ingest.ipynb #fc9822e8
+# %% ../nbs/01c_ingest.ipynb #77f65331
 SPECIAL_TARGETS = ("flat", "surface", "volume", "parcels")
+_SURFACE_OF_VOLUMES = "fsLR_32k"  # where a volume goes that is to become a surface
 
 
 def _check_target(kind: str, space: str, to: str, options: IngestOptions, head: _Header):
@@ -1527,8 +1528,9 @@ def _check_target(kind: str, space: str, to: str, options: IngestOptions, head: 
     on_surface, in_mni = kind in ("surface", "grayordinates"), space.startswith("MNI152")
     what = {"volume": f"a volume in {space} space"}.get(kind, f"{kind} on {space}")
     refuse = ""
+    to = _SURFACE_OF_VOLUMES if to in ("flat", "surface") and kind == "volume" and in_mni else to
     if to in ("flat", "surface") and not on_surface:
-        refuse = "a surface is needed; --to fsLR_32k carries MNI volumes there by position"
+        refuse = "a surface is needed, or a volume in MNI152, which is carried there by position"
     elif to == "volume" and kind != "volume":
         refuse = "there are no voxels; --to MNI152NLin6Asym_2mm carries surfaces there by position"
     elif kind == "volume" and to != "volume" and not in_mni:
@@ -2175,7 +2177,7 @@ def _events_of(source: Source, facts: dict) -> tuple[pd.DataFrame | None, list[D
     )
     return events[~over].reset_index(drop=True), [row]
 
-# %% ../nbs/01c_ingest.ipynb #896b0836
+# %% ../nbs/01c_ingest.ipynb #63fb8e62
 def load(
     source: Source,
     to: str,  # a Space name, 'volume', 'surface', 'flat' or 'parcels'
@@ -2184,6 +2186,7 @@ def load(
     "The recording on its target space, in raw units, with its events and every decision. Raises `Refused` if it cannot be used."
     seen = examine(source, to=to, options=options)
     decisions, facts = list(seen.decisions), seen.facts
+    to = _SURFACE_OF_VOLUMES if source.kind == "volume" and to in ("flat", "surface") else to
     if seen.refused:
         raise Refused(source.key, decisions)
     try:
@@ -2460,7 +2463,7 @@ _NEEDS = {  # frames, TR as trained (None: any)
     "fMRI-LM": (160, 2.0),
 }
 
-# %% ../nbs/01c_ingest.ipynb #9669abc7
+# %% ../nbs/01c_ingest.ipynb #9308a8e8
 def _form(model: str, source: Source, space: str, columns: int) -> tuple[str, str, str]:
     "Does the form fit (space and kind)? The answer, the option, the reason."
     in_mni = source.kind == "volume" and space.startswith("MNI152")
@@ -2472,7 +2475,7 @@ def _form(model: str, source: Source, space: str, columns: int) -> tuple[str, st
         if in_mni:
             return (
                 "with option",
-                "--to fsLR_32k, then --to flat",
+                "--to flat",
                 "carried to the surface by position; sulci blur",
             )
         return (

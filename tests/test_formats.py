@@ -531,6 +531,14 @@ def test_arrow_round_trip(tmp_path, dtype):
     assert len(ArrowRuns(tmp_path)) == 3 and ArrowRuns(tmp_path / "train").layout == PARCELS
 
 
+def test_equal_tables_are_equal_files(tmp_path):
+    for name in ("one", "two"):
+        write_arrow(make(layout=PARCELS), tmp_path / name)
+    write_arrow(make(3, layout=PARCELS), tmp_path / "other")
+    marks = [json.loads((tmp_path / n / "train" / "state.json").read_text())["_fingerprint"] for n in ("one", "two", "other")]
+    assert marks[0] == marks[1] != marks[2]
+
+
 def test_datasets_reads_what_we_write(tmp_path):
     datasets = pytest.importorskip("datasets")
     source = make(3, PARCELS, dtype="float32", meta={"phenotypes": {"Age.At.MHQ": 61.0, "Gender": True, "site": "ü"}})

@@ -20,7 +20,7 @@ from fmri_book import ingest as g
 from fmri_book.data import Space
 from fmri_book.ingest import IngestOptions, Refused, discover, examine, inspect_file, load
 
-SHARED = Path(os.environ.get("FMRI_BOOK_SHARED", "/work/shared/data"))
+SHARED = Path(os.environ.get("FMRI_BOOK_SHARED", Path(__file__).parents[2] / "shared" / "data"))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real files at {SHARED}")
 FRAMES = 60
 MNI = np.array([[-4.0, 0, 0, 90], [0, 4, 0, -126], [0, 0, 4, -72], [0, 0, 0, 1]])  # LAS, as FSL writes
@@ -694,6 +694,20 @@ def test_a_painted_run_comes_back_from_its_volume(tmp_path):
     np.testing.assert_allclose(back.bold, run.to("schaefer100").bold, rtol=1e-4)
     same, _ = load(source, "MNI152NLin6Asym_4mm")
     np.testing.assert_allclose(same.bold, run.bold, rtol=1e-6)
+
+
+def test_an_mni_volume_becomes_a_surface_by_position_and_says_so(tmp_path):
+    rng = np.random.default_rng(2)
+    run = data.Run(rng.normal(100, 5, (40, 100)), 2.0, "schaefer100").to("MNI152NLin6Asym_2mm")
+    grid = run.sites.to_grid(run.bold, 0).transpose(1, 2, 3, 0)
+    path = save_volume(tmp_path / "sub-1_space-MNI152NLin6Asym_bold.nii.gz", grid, run.sites.affine)
+    source = discover(path).sources[0]
+    assert not examine(source, to="flat").refused
+    surface, decisions = load(source, "surface")
+    assert surface.space == "fsLR_32k" and "by position" in " ".join(d.decision for d in decisions if d.check == "target")
+    np.testing.assert_allclose(surface.bold, run.to("fsLR_32k").bold, rtol=1e-4)
+    found = {fit.model: fit for fit in inspect_file(path).models}["flat-map MAE"]
+    assert found.option == "--to flat"
 
 
 @pytest.mark.parametrize(
