@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['EXIT_CODES', 'main']
 
-# %% ../nbs/A2_command_line.ipynb #58447905
+# %% ../nbs/A2_command_line.ipynb #bec776d9
 def _number_or_keep(text: str) -> float | None:
-    return None if text == "keep" else float(text)
+    try:
+        return None if text == "keep" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected seconds or 'keep', found {text!r}") from None
 
 
 def _shares(text: str) -> tuple[float, ...] | str:
@@ -31,6 +34,8 @@ def _shares(text: str) -> tuple[float, ...] | str:
 
 def _patch_size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
+    if not (height.isdecimal() and (width or height).isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected pixels such as 16 or 16x14, found {text!r}")
     return int(height), int(width or height)
 
 
@@ -254,7 +259,7 @@ def _prepared(path: Path, kind: str) -> dict:
         )
     return facts | dict(space=layout.space, sites=layout.n_sites, manifest=whole, models=models)
 
-# %% ../nbs/A2_command_line.ipynb #7171f101
+# %% ../nbs/A2_command_line.ipynb #73c0a861
 def _in_words(told: dict) -> str:
     "The same for people."
     lines = [str(told["path"]), f"  {told['what']}"]
@@ -284,7 +289,7 @@ def _in_words(told: dict) -> str:
         for d in told.get("decisions", [])
     ]
     lines += [
-        f"  {p['level']:>10}  {p['where']}: {p['what']} {p['remedy']}".rstrip()
+        f"  {p['level']:>10}  {p['where']}: {'; '.join(filter(None, [p['what'], p['remedy']]))}"
         for p in told.get("problems", [])[:10]
     ]
     for m in told.get("models", []):

@@ -408,13 +408,19 @@ def _plain(path: Path, root: Path) -> _Found | str:
     )
     return _Found(path, "file", kind, parts)
 
-# %% ../nbs/01c_ingest.ipynb #05e23199
+# %% ../nbs/01c_ingest.ipynb #88d5b60d
 def _image(path: Path, **how):
     "nibabel's image, without its remark that CIFTI files leave their voxel sizes at 0."
+    from xml.parsers.expat import ExpatError
     import nibabel as nib
 
     logging.getLogger("nibabel.global").setLevel(logging.ERROR)
-    return nib.load(path, **how)
+    try:
+        return nib.load(path, **how)
+    except ExpatError as error:  # neither an OSError nor a ValueError
+        raise ValueError(
+            f"{path}: expected a whole GIFTI file, found XML that breaks off ({error})"
+        ) from error
 
 
 def _shape_or_none(path: Path) -> tuple[int, ...] | None:

@@ -645,7 +645,7 @@ def _bytes_of(settings: Settings, facts: dict) -> float:
         1 if settings.format == "store" else 2.2
     )  # other formats are made from a store, then it goes
 
-# %% ../nbs/02b_prepare.ipynb #4cfd8c12
+# %% ../nbs/02b_prepare.ipynb #31d46df7
 def _look(
     jobs: list[Job],
     bar,
@@ -663,7 +663,12 @@ def _look(
         ):  # a GIFTI file must be read as a whole: after a few, that is left to the workers
             good.append(job)
             continue
-        seen = examine(job.source, to=to, options=job.settings.options)
+        try:
+            seen = examine(job.source, to=to, options=job.settings.options)
+        except Exception:  # noqa: BLE001 (the worker meets it again, and its report says what it was)
+            good.append(job)
+            bar.update()
+            continue
         if seen.refused:
             said = [asdict(d) for d in seen.decisions]
             refused.append(
@@ -789,7 +794,7 @@ def _row(source: Source, result: dict, root: Path) -> dict:
     said = [f"{d['level']}: {Decision(**d).reason}" for d in result["decisions"]]
     return row | {"decisions": result.get("said") or " | ".join(said)}
 
-# %% ../nbs/02b_prepare.ipynb #e39685c3
+# %% ../nbs/02b_prepare.ipynb #16c809b5
 def _table(found: Found, results: dict[str, dict]) -> pd.DataFrame:
     "One row a recording, sorted by key."
     import pandas as pd
@@ -800,7 +805,7 @@ def _table(found: Found, results: dict[str, dict]) -> pd.DataFrame:
             {
                 "key": problem.where,
                 "status": "refused",
-                "reason": " ".join(filter(None, [problem.what, problem.remedy])),
+                "reason": "; ".join(filter(None, [problem.what, problem.remedy])),
             }
         )
     table = pd.DataFrame(rows, columns=list(_COLUMNS)).sort_values("key", kind="stable", ignore_index=True)
@@ -961,7 +966,7 @@ def _papers_of(out: Path) -> dict:
         )
     return papers
 
-# %% ../nbs/02b_prepare.ipynb #5287c38c
+# %% ../nbs/02b_prepare.ipynb #93e664e2
 _ONLY_THESE = "--update makes only these (in Python: update=True), --overwrite makes everything anew"
 
 
@@ -982,7 +987,13 @@ def _already(out: Path, facts: dict, found: Found, overwrite: bool, update: bool
         what = (
             "; ".join(wrong) or _in_words(news) or "recordings that it could not use are gone from the source"
         )
-        ways = _ONLY_THESE if not wrong else "Choose another name, or --overwrite (in Python: overwrite=True)"
+        ways = "Choose another name, or --overwrite (in Python: overwrite=True)"
+        if not wrong:
+            ways = (
+                f"An update drops nothing: bring back what is gone, or {ways}"
+                if news["gone"]
+                else _ONLY_THESE
+            )
         raise Different(f"{out}: it is finished, but not from these settings and files: {what}. {ways}")
     partial = partial_folder(out)
     if partial.exists() and ((plan := _read_json(partial / "plan.json")) is None or _same_plan(plan, facts)):

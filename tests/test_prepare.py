@@ -414,6 +414,34 @@ def test_limit_then_all(bids, tmp_path):
         prepare(bids, tmp_path / "few", to="schaefer100", **HERE)
 
 
+def test_one_truncated_gifti_does_not_stop_the_others(surfaces, tmp_path):
+    "XML that breaks off raises an error of its own kind."
+    folder = Path(shutil.copytree(surfaces[0], tmp_path / "bids"))
+    whole = min(folder.rglob("*hemi-L*.gii"))
+    for side in "LR":
+        other = whole.parent / whole.name.replace("sim-0001", "sim-0002").replace("hemi-L", f"hemi-{side}")
+        shutil.copy(str(whole).replace("hemi-L", f"hemi-{side}"), other)
+    sidecar = min(whole.parent.glob("*_bold.json"))
+    shutil.copy(sidecar, sidecar.with_name(sidecar.name.replace("sim-0001", "sim-0002")))
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    report = prepare(folder, tmp_path / "out", to="schaefer100", **HERE)
+    assert report.counts == {"refused": 1, "done": 1}
+    assert "breaks off" in report.table.query("status == 'refused'")["reason"].iloc[0]
+
+
+def test_a_header_that_cannot_be_looked_at_fails_alone(bids, tmp_path, monkeypatch):
+    honest = P.examine
+
+    def strange(source, **how):
+        if source.subject == "sim-0002":
+            raise RecursionError("nobody expected this")
+        return honest(source, **how)
+
+    monkeypatch.setattr(P, "examine", strange)
+    report = prepare(bids, tmp_path / "out", to="schaefer100", **HERE)
+    assert report.counts == {"done": 10}  # the worker could read it
+
+
 # ------------------------------------------------------------------------------------- new recordings, after the fact
 
 
