@@ -207,9 +207,13 @@ def check_trs(table: RunTable, rows: np.ndarray, tr: float | Literal["any"] | No
             f"({bad.sum()} of {len(rows)} runs differ). Resample them, choose runs, or pass tr='any'"
         )
 
-# %% ../nbs/02a_clips.ipynb #9967afaf
+# %% ../nbs/02a_clips.ipynb #45d8abb3
 class ClipDataset(Dataset):
-    "Clips of stored runs. Item i depends on the source, the rule, the seed and the epoch, and on nothing else."
+    """Clips of stored runs. Item i depends on the source, the rule, the seed and the epoch, and on nothing else.
+
+    `packed` is what the file holds: of a store with scale='site' these are z-scores of each site over its run;
+    `Store.site_scale` has the mean and SD that bring raw units back.
+    """
 
     def __init__(
         self,

@@ -108,10 +108,13 @@ def test_the_installed_script_is_this_program():
     [
         (("inspect", "nowhere.nii"), 2, "nothing at nowhere.nii"),
         (("prepare", "nowhere", "out"), 2, "nothing at"),
-        (("prepare", ".", "out", "--to", "mars"), 2, "expected to to be one of"),
+        (("prepare", ".", "out", "--to", "mars"), 2, "to: expected one of"),
         (("prepare", ".", "out", "--confounds", "magic"), 2, "confounds"),
         (("prepare", ".", "out", "--format", "zip"), 2, "format"),
         (("prepare", ".", "out", "--hold-out-site", "X"), 2, "--split"),
+        (("inspect", "nowhere.nii", "nor-here.nii"), 2, "nor-here.nii"),
+        (("prepare", ".", "out", "--update", "--format", "wds"), 2, "fmri-book convert"),
+        (("prepare", ".", "out", "--update", "--overwrite"), 2, "found both"),
         (("verify", "nowhere"), 1, ""),
         (("convert", "nowhere", "out", "--format", "h5"), 2, "none of them"),
         (("fetch", "no-such-data"), 2, "no-such-data"),
@@ -122,6 +125,16 @@ def test_what_cannot_be_meant_is_said_in_words(run, tmp_path, monkeypatch, argum
     found, _, err = run(*arguments)
     assert found == status and said in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--tr", "fast", "expected seconds or 'keep'"), ("--patch", "big", "pixels such as 16")],
+)
+def test_a_value_of_the_wrong_kind_is_said_in_words(run, capsys, option, value, said):
+    with pytest.raises(SystemExit) as stopped:
+        run("prepare", ".", "out", option, value)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(run, monkeypatch):

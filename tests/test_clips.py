@@ -13,7 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fmri_book import clips as C
-from fmri_book.clips import ClipDataset, ClipDecoder, ClipRule, ClipSampler, ClipStream, clip_loader, dense_batch
+from fmri_book.clips import (
+    ClipDataset,
+    ClipDecoder,
+    ClipRule,
+    ClipSampler,
+    ClipStream,
+    clip_loader,
+    dense_batch,
+)
 from fmri_book.formats import ShardIndex, write_shards
 from fmri_book.storage import Layout, Record, Store, write_store
 import functools
@@ -30,13 +38,41 @@ PUBLISHED = {
         117.4479137584567,
     ),
     "frame": (
-        [-0.82915198802948, -1.4911810159683228, -1.6058520078659058, -1.1035330295562744, -0.2047719955444336, 0.683430016040802],
-        [1.1590379476547241, 1.0140659809112549, 0.3323970139026642, -0.5496690273284912, -1.2015819549560547, -1.3010380268096924],
+        [
+            -0.82915198802948,
+            -1.4911810159683228,
+            -1.6058520078659058,
+            -1.1035330295562744,
+            -0.2047719955444336,
+            0.683430016040802,
+        ],
+        [
+            1.1590379476547241,
+            1.0140659809112549,
+            0.3323970139026642,
+            -0.5496690273284912,
+            -1.2015819549560547,
+            -1.3010380268096924,
+        ],
         0.0,
     ),
     "global": (
-        [-1.2630970478057861, -1.840988039970398, -1.9410840272903442, -1.5026060342788696, -0.7180709838867188, 0.05724700167775154],
-        [0.4724079966545105, 0.3458609879016876, -0.24917300045490265, -1.0191340446472168, -1.5881940126419067, -1.6750099658966064],
+        [
+            -1.2630970478057861,
+            -1.840988039970398,
+            -1.9410840272903442,
+            -1.5026060342788696,
+            -0.7180709838867188,
+            0.05724700167775154,
+        ],
+        [
+            0.4724079966545105,
+            0.3458609879016876,
+            -0.24917300045490265,
+            -1.0191340446472168,
+            -1.5881940126419067,
+            -1.6750099658966064,
+        ],
         0.0,
     ),
 }
@@ -147,7 +183,11 @@ def test_the_input_is_not_changed():
     layout = Layout.flat(corners())
     packed = torch.randn(2, 16, 22)  # float32: no conversion that would copy
     before = packed.clone()
-    for decoder in (ClipDecoder(layout), ClipDecoder(layout, mask_from="first_frame"), ClipDecoder(layout, crop=(0.9, 1))):
+    for decoder in (
+        ClipDecoder(layout),
+        ClipDecoder(layout, mask_from="first_frame"),
+        ClipDecoder(layout, crop=(0.9, 1)),
+    ):
         decoder(packed)
         decoder.eval().patches(packed, (16, 2, 2))
         dense_batch(decoder, packed)
@@ -164,7 +204,10 @@ def test_crops():
     assert (0.88 < area).all() and (area <= 1).all() and (left + w <= 100).all() and (top + h <= 40).all()
     assert torch.allclose(w / h, torch.tensor(2.5), atol=0.1)
     out = decoder(x)
-    assert out["mask"].shape == (64, 40, 100) and (out["image"][:, 0].transpose(0, 1)[:, ~out["mask"]] == 0).all()
+    assert (
+        out["mask"].shape == (64, 40, 100)
+        and (out["image"][:, 0].transpose(0, 1)[:, ~out["mask"]] == 0).all()
+    )
     inside = [out["image"][b, 0, 3][out["mask"][b]] for b in range(64)]
     assert max(abs(v.mean().item()) for v in inside) < 0.02  # clipping at 3 moves it a little
     assert len({m.numpy().tobytes() for m in out["mask"]}) > 10
@@ -198,13 +241,19 @@ def test_parcels_and_volumes():
 
 
 def test_rules_of_the_three_modes():
-    events = pd.DataFrame({"onset": [5.0, 0.5, 80.0, np.nan, 6.0, -9.0], "duration": 1.0, "trial_type": list("abcdef")})
+    events = pd.DataFrame(
+        {"onset": [5.0, 0.5, 80.0, np.nan, 6.0, -9.0], "duration": 1.0, "trial_type": list("abcdef")}
+    )
     assert ClipRule().cut(50, 2.0).starts.tolist() == [0, 16, 32]
     assert ClipRule(stride=10).cut(50, 2.0).starts.tolist() == [0, 10, 20, 30]
     random = ClipRule(mode="random", oversample=4).cut(50, 2.0, words=(1, 2, 3)).starts
     assert len(random) == int(4 * 50 / 16) and (np.diff(random) >= 0).all() and random.max() <= 34
     cut = ClipRule(mode="events", hrf_delay=4).cut(50, 2.0, events)
-    assert cut.starts.tolist() == [int(4.5 / 2), int(9 / 2), int(10 / 2)] and cut.trial_types == ["b", "a", "e"]
+    assert cut.starts.tolist() == [int(4.5 / 2), int(9 / 2), int(10 / 2)] and cut.trial_types == [
+        "b",
+        "a",
+        "e",
+    ]
     assert cut.dropped == {"no onset": 1, "starts before the run": 1, "runs over the end": 1}
     cut = ClipRule(mode="events", hrf_delay=4, min_gap=2, trial_types=["a", "e"]).cut(50, 2.0, events)
     assert cut.trial_types == ["a"] and cut.dropped == {"too close to the one before": 1}
@@ -213,7 +262,9 @@ def test_rules_of_the_three_modes():
 
 
 def test_random_starts_use_every_frame_alike():
-    run, start = ClipRule(mode="random", oversample=100).random_starts(np.array([116] * 50), 0, 0, rows=np.arange(50))
+    run, start = ClipRule(mode="random", oversample=100).random_starts(
+        np.array([116] * 50), 0, 0, rows=np.arange(50)
+    )
     assert len(start) == 50 * 725 and start.min() == 0 and start.max() == 100
     counts = np.bincount(start, minlength=101)
     expected = len(start) / 101
@@ -223,7 +274,16 @@ def test_random_starts_use_every_frame_alike():
 
 @pytest.mark.parametrize(
     "bad",
-    [dict(mode="all"), dict(frames=0), dict(stride=0), dict(frames=2.5), dict(oversample=0), dict(oversample=np.nan), dict(min_gap=-1), dict(hrf_delay=np.inf)],
+    [
+        dict(mode="all"),
+        dict(frames=0),
+        dict(stride=0),
+        dict(frames=2.5),
+        dict(oversample=0),
+        dict(oversample=np.nan),
+        dict(min_gap=-1),
+        dict(hrf_delay=np.inf),
+    ],
 )
 def test_bad_rules(bad):
     with pytest.raises(ValueError, match=r"clips: expected .* found"):
@@ -237,11 +297,18 @@ def test_items_are_what_the_store_holds(made):
         for i in range(len(clips)):
             clip = clips[i]
             row, start = store.find(subject=clip["subject"])[0], int(clip["start"])
-            assert np.array_equal(clip["packed"], store.read(row, start, 16)) and clip["packed"].dtype == torch.float16
+            assert (
+                np.array_equal(clip["packed"], store.read(row, start, 16))
+                and clip["packed"].dtype == torch.float16
+            )
             mean, sd = store.frame_stats(row)
-            assert np.array_equal(clip["frame_mean"], mean[start : start + 16]) and np.array_equal(clip["frame_sd"], sd[start : start + 16])
+            assert np.array_equal(clip["frame_mean"], mean[start : start + 16]) and np.array_equal(
+                clip["frame_sd"], sd[start : start + 16]
+            )
             assert clip["key"] == store.index["key"][row] and int(clip["index"]) == i and clip["tr"] == 1
-    assert clips.skipped == {"sub-02_ses-1_task-rest": "12 frames, shorter than a clip"} and "1 runs skipped" in repr(clips)
+    assert clips.skipped == {
+        "sub-02_ses-1_task-rest": "12 frames, shorter than a clip"
+    } and "1 runs skipped" in repr(clips)
     assert int(clips[-1]["index"]) == len(clips) - 1
     with pytest.raises(IndexError, match=f"below {len(clips)}"):
         clips[len(clips)]
@@ -272,7 +339,10 @@ def test_choosing_runs_does_not_move_random_starts(made):
 
 
 def test_epochs_and_seeds(made):
-    clips, other = ClipDataset(made / "store", mode="random"), ClipDataset(made / "store", mode="random", seed=1)
+    clips, other = (
+        ClipDataset(made / "store", mode="random"),
+        ClipDataset(made / "store", mode="random", seed=1),
+    )
     starts = lambda c: c.batch(range(len(c)))["start"].tolist()
     zero = starts(clips)
     clips.set_epoch(1)
@@ -298,14 +368,18 @@ def test_repetition_times(tmp_path):
 
 
 def test_events_are_followed_and_counted(tmp_path):
-    events = pd.DataFrame({"onset": [0.0, 10.0, 30.0], "duration": 1.0, "trial_type": ["left", "right", "left"]})
+    events = pd.DataFrame(
+        {"onset": [0.0, 10.0, 30.0], "duration": 1.0, "trial_type": ["left", "right", "left"]}
+    )
     source = recordings([40, 60], events=events)
     source[0].events = None
     write_store(source, tmp_path / "store", progress=False)
     clips = ClipDataset(tmp_path / "store", mode="events", hrf_delay=15)
     batch = clips.batch(range(len(clips)))
     assert batch["start"].tolist() == [15, 25] and batch["trial_type"] == ["left", "right"]
-    assert clips.dropped == {"runs over the end": 1} and clips.skipped == {"sub-00_ses-1_task-rest": "no events"}
+    assert clips.dropped == {"runs over the end": 1} and clips.skipped == {
+        "sub-00_ses-1_task-rest": "no events"
+    }
     with pytest.raises(ValueError, match="expected at least one clip, found none.*no events"):
         ClipDataset(tmp_path / "store", mode="events", runs=[0])
     with pytest.raises(ValueError, match="expected at least one clip, found none.*shorter than 100 frames"):
@@ -357,7 +431,10 @@ def test_sampler_reads_exactly_once(made, world, batch_size, epoch):
     seen = [[b for b in s] for s in train]
     flat = [i for s in seen for b in s for i in b]
     assert len({len(s) for s in seen}) == 1 and all(len(b) == batch_size for s in seen for b in s)
-    assert len(set(flat)) == len(flat) == len(clips) - train[0].left_over and train[0].left_over < world * batch_size
+    assert (
+        len(set(flat)) == len(flat) == len(clips) - train[0].left_over
+        and train[0].left_over < world * batch_size
+    )
 
 
 def test_a_stopped_training_continues(made):
@@ -401,21 +478,31 @@ def each_worker(monkeypatch, make, world, workers) -> list[list]:
     out = []
     for rank in range(world):
         for worker in range(workers):
-            monkeypatch.setattr(C, "get_worker_info", lambda worker=worker: Info(worker, workers) if workers else None)
+            monkeypatch.setattr(
+                C, "get_worker_info", lambda worker=worker: Info(worker, workers) if workers else None
+            )
             out.append([(c["key"], int(c["start"])) for c in make(rank)])
     monkeypatch.setattr(C, "get_worker_info", lambda: None)
     return out
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.sampled_from(["sequential", "random"]))
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from(["sequential", "random"]),
+)
 def test_stream_reads_exactly_once(tmp_path_factory, monkeypatch, world, workers, a_shard, runs, mode):
     folder = tmp_path_factory.mktemp("stream")
     lengths = [16 + 9 * i for i in range(runs)]
     write_shards(recordings(lengths, Layout.flat(np.ones((2, 3), bool))), folder, runs_per_shard=a_shard)
     make = lambda rank: ClipStream(folder, mode=mode, train=False, rank=rank, world=world)
     found = sorted(functools.reduce(operator.iadd, each_worker(monkeypatch, make, world, workers), []))
-    alone = sorted((c["key"], int(c["start"])) for c in ClipStream(folder, mode=mode, train=False, rank=0, world=1))
+    alone = sorted(
+        (c["key"], int(c["start"])) for c in ClipStream(folder, mode=mode, train=False, rank=0, world=1)
+    )
     assert found == alone and len(found) == sum(n // 16 for n in lengths)
     if mode == "sequential":
         assert len(set(found)) == len(found)
@@ -423,13 +510,18 @@ def test_stream_reads_exactly_once(tmp_path_factory, monkeypatch, world, workers
 
 def test_training_streams_differ_between_workers_and_repeat(made, monkeypatch):
     def make(rank, epoch=0, seed=0):
-        stream = ClipStream(made / "shards", shuffle=30, oversample=2, seed=seed, rank=rank, world=2, tr="any")
+        stream = ClipStream(
+            made / "shards", shuffle=30, oversample=2, seed=seed, rank=rank, world=2, tr="any"
+        )
         stream.set_epoch(epoch)
         return (clip for clip, _ in zip(stream, range(60), strict=False))
 
     def sets():
         one = [each_worker(monkeypatch, make, 2, 2) for _ in range(2)]
-        changed = [each_worker(monkeypatch, lambda r, new=new: make(r, **new), 2, 2) for new in ({"epoch": 1}, {"seed": 1})]
+        changed = [
+            each_worker(monkeypatch, lambda r, new=new: make(r, **new), 2, 2)
+            for new in ({"epoch": 1}, {"seed": 1})
+        ]
         return *one, *changed
 
     with pytest.warns(UserWarning, match="sub-02.*12 frames, shorter than a clip"):
@@ -447,7 +539,11 @@ def test_stream_in_a_loader_gives_whole_batches(made):
     store = ClipDataset(made / "store")
     assert found == sorted(identity(store.batch(range(len(store)))))
     for b in batches:
-        assert b["packed"].shape[1:] == (16, store.layout.n_sites) and b["frame_mean"] is None and b["index"].tolist() == [-1] * len(b["key"])
+        assert (
+            b["packed"].shape[1:] == (16, store.layout.n_sites)
+            and b["frame_mean"] is None
+            and b["index"].tolist() == [-1] * len(b["key"])
+        )
         for clip, subject, start in zip(b["packed"], b["subject"], b["start"], strict=True):
             assert clip[0, 0] == int(subject) and clip[0, 1] == start
     assert set(batches[0]) == set(store.batch([0]))
@@ -457,7 +553,10 @@ def test_stream_refuses_another_mask_and_counts_damage(tmp_path):
     write_shards(recordings([40], Layout.flat(np.ones((2, 3), bool))), tmp_path / "a", name="a")
     write_shards(recordings([40], Layout.flat(np.ones((3, 2), bool))), tmp_path / "b", name="b")
     both = [tmp_path / "a" / "a_0000.tar", tmp_path / "b" / "b_0000.tar"]
-    with pytest.raises(ValueError, match=r"b_0000.tar, sample .*expected the mask of the stream, \(2, 3\).*found another, \(3, 2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"b_0000.tar, sample .*expected the mask of the stream, \(2, 3\).*found another, \(3, 2\)",
+    ):
         list(ClipStream(both, mode="sequential", train=False))
     damaged = tmp_path / "c_0000.tar"
     damaged.write_bytes(both[0].read_bytes()[:900])
@@ -467,7 +566,10 @@ def test_stream_refuses_another_mask_and_counts_damage(tmp_path):
     with pytest.warns(UserWarning, match="c_0000"):
         assert len(list(stream)) == 2 and len(stream.problems) == 1
     short = ClipStream(both[0], frames=50)
-    with pytest.warns(UserWarning, match="shorter"), pytest.raises(ValueError, match="found none in .* runs in a row"):
+    with (
+        pytest.warns(UserWarning, match="shorter"),
+        pytest.raises(ValueError, match="found none in .* runs in a row"),
+    ):
         next(iter(short))
 
 
@@ -511,8 +613,24 @@ def test_two_processes_of_torchrun(made, tmp_path):
 
     script = tmp_path / "ranks.py"
     script.write_text(GLOO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(made)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(made),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     said = [json.loads((made / f"said_{rank}.json").read_text()) for rank in range(2)]
     clips = ClipDataset(made / "store")
@@ -520,7 +638,9 @@ def test_two_processes_of_torchrun(made, tmp_path):
     for kind in ("stream", "exact"):
         assert sorted(said[0][kind] + said[1][kind]) == everything
     seen = said[0]["train"] + said[1]["train"]
-    assert len(set(seen)) == len(seen) == len(clips) // 6 * 6 and said[0]["steps"] == said[1]["steps"] == 2 * (len(clips) // 6)
+    assert len(set(seen)) == len(seen) == len(clips) // 6 * 6 and said[0]["steps"] == said[1][
+        "steps"
+    ] == 2 * (len(clips) // 6)
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -534,10 +654,19 @@ def test_two_processes_of_torchrun(made, tmp_path):
         (lambda f: ClipDecoder(f, crop=(0.9, 1.1)), r"found \(0.9, 1.1\)"),
         (lambda f: ClipDecoder(f)(torch.zeros(1, 16, 23)), r"\(batch, 16, 22\), found shape \(1, 16, 23\)"),
         (lambda f: ClipDecoder(f)(torch.zeros(1, 15, 22)), r"\(batch, 16, 22\), found shape \(1, 15, 22\)"),
-        (lambda f: ClipDecoder(f).patches(torch.zeros(1, 16, 22), (16, 4, 4)), r"divides .* \(16, 4, 6\), found \(16, 4, 4\)"),
+        (
+            lambda f: ClipDecoder(f).patches(torch.zeros(1, 16, 22), (16, 4, 4)),
+            r"divides .* \(16, 4, 6\), found \(16, 4, 4\)",
+        ),
         (lambda f: ClipDecoder(Layout.of("schaefer100"), crop=(0.9, 1)), "layout of 'schaefer100'"),
-        (lambda f: ClipDecoder(Layout.of("schaefer100")).patches(torch.zeros(1, 16, 100)), "decodes to 'signal'"),
-        (lambda f: dense_batch(ClipDecoder(Layout.of("schaefer100")), torch.zeros(1, 16, 100)), "decoder of pictures"),
+        (
+            lambda f: ClipDecoder(Layout.of("schaefer100")).patches(torch.zeros(1, 16, 100)),
+            "decodes to 'signal'",
+        ),
+        (
+            lambda f: dense_batch(ClipDecoder(Layout.of("schaefer100")), torch.zeros(1, 16, 100)),
+            "decoder of pictures",
+        ),
     ],
 )
 def test_the_decoder_says_what_it_expected(make, message):
@@ -560,3 +689,20 @@ def test_memory_does_not_grow_with_clips(made):
     gained = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert gained < 100_000
+
+
+def test_packed_of_a_scaled_store_is_what_the_file_holds(tmp_path):
+    "z-scores of each site over its run; site_scale brings the raw units of the record back."
+    rng = np.random.default_rng(0)
+    values = (1000 + 50 * rng.standard_normal((64, 100))).astype(np.float32)
+
+    class Source(list):
+        layout = Layout.of("schaefer100")
+
+    store = write_store(
+        Source([Record(values, 1.0, "01")]), tmp_path / "s", dtype="float16", scale="site", progress=False
+    )
+    packed = ClipDataset(store, 64)[0]["packed"].numpy().astype(np.float64)
+    assert np.abs(packed.mean(0)).max() < 1e-3 and np.abs(packed.std(0) - 1).max() < 1e-3
+    mean, sd = store.site_scale(0)
+    np.testing.assert_allclose(packed * sd + mean, values, atol=0.2)
