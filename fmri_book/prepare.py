@@ -1212,7 +1212,7 @@ def prepare(
     note = f"nothing could be used, so there is no output; the report is in {left}" if left.exists() else ""
     return Report(out, _table(found, results), _not_needed(found), note, round(time.time() - start, 2))
 
-# %% ../nbs/02b_prepare.ipynb #464e3cf1
+# %% ../nbs/02b_prepare.ipynb #973adc17
 @contextmanager
 def _full_disk_said(out: Path):
     try:
@@ -1223,7 +1223,7 @@ def _full_disk_said(out: Path):
         why = f"{out.parent}: the disk is full ({error}). What is done is safe in {partial_folder(out).name}"
         raise Unfinished(f"{why}; make room and repeat the call") from error
 
-
+# %% ../nbs/02b_prepare.ipynb #65c3e557
 def _stay(out: Path, facts: dict, found: Found) -> dict[str, dict]:
     "What an update would keep."
     papers = _papers_of(out)
@@ -1244,7 +1244,7 @@ def _check_update(update: bool, overwrite: bool, settings: Settings):
             "then write the other format from it (fmri-book convert)"
         )
 
-
+# %% ../nbs/02b_prepare.ipynb #9756c44a
 def _through(found, settings, out, facts, split, overwrite, update, how, progress) -> dict[str, dict]:
     "The work itself, from the lock to the rename."
     partial, settled = partial_folder(out), None
@@ -1262,7 +1262,7 @@ def _through(found, settings, out, facts, split, overwrite, update, how, progres
         _publish(ready, out, partial)
     return results
 
-
+# %% ../nbs/02b_prepare.ipynb #ce0caaa2
 def _would(found: Found, settings: Settings, out: Path, facts: dict, update: bool = False) -> Report:
     "A dry run: what would be done, from headers alone; nothing is written."
     from tqdm import tqdm
