@@ -207,13 +207,10 @@ def check_trs(table: RunTable, rows: np.ndarray, tr: float | Literal["any"] | No
             f"({bad.sum()} of {len(rows)} runs differ). Resample them, choose runs, or pass tr='any'"
         )
 
-# %% ../nbs/02a_clips.ipynb #45d8abb3
+# %% ../nbs/02a_clips.ipynb #5402001e
 class ClipDataset(Dataset):
     """Clips of stored runs. Item i depends on the source, the rule, the seed and the epoch, and on nothing else.
-
-    `packed` is what the file holds: of a store with scale='site' these are z-scores of each site over its run;
-    `Store.site_scale` has the mean and SD that bring raw units back.
-    """
+    `packed` is as stored: with scale='site' z-scores, which `Store.site_scale` brings back to raw units."""
 
     def __init__(
         self,
@@ -234,10 +231,8 @@ class ClipDataset(Dataset):
         rows = choose_runs(self.table, subjects, runs)
         check_trs(self.table, rows, tr)
         long = self.table.frames[rows] >= frames
-        short = rows[~long]
-        self.skipped = {
-            self.table.key[i]: f"{self.table.frames[i]} frames, shorter than a clip" for i in short
-        }
+        short = "{} frames, shorter than a clip".format
+        self.skipped = {self.table.key[i]: short(self.table.frames[i]) for i in rows[~long]}
         self.dropped: dict[str, int] = {}  # reason -> events that gave no clip
         self.rows = rows[long]
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change

@@ -431,7 +431,7 @@ def _shape_or_none(path: Path) -> tuple[int, ...] | None:
     except (*_DAMAGE, ImageFileError):
         return None
 
-# %% ../nbs/01c_ingest.ipynb #f8bd2a17
+# %% ../nbs/01c_ingest.ipynb #767997aa
 class _Folders:
     "Directory listings, read once."
 
@@ -444,7 +444,9 @@ class _Folders:
         except (OSError, ValueError) as error:
             self.damaged[path] = str(error)
             return {}
-        return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            self.damaged[path], found = f"expected a JSON object, found {type(found).__name__}", {}
+        return found
 
     def files(self, folder: Path) -> list[Path]:
         if folder not in self.known:
@@ -462,7 +464,11 @@ class _Folders:
                 agrees = found.pop("suffix") == suffix and all(
                     _same(k, wanted.get(k, ""), v) for k, v in found.items()
                 )
-                if agrees and (len(found), -near) > score and (not needs or needs in self.json(path)):
+                if (
+                    agrees
+                    and (len(found), -near) > score
+                    and (not needs or needs in self.json(path) or path in self.damaged)
+                ):
                     best, score = path, (len(found), -near)
         return best
 
@@ -1394,8 +1400,8 @@ def examine(
         head.note("events", f"a table for task '{source.task}'", found, "read without events")
     return Examination(source, facts, head.decisions)
 
-# %% ../nbs/01c_ingest.ipynb #0435e172
-def _sidecar_facts(source: Source) -> dict:
+# %% ../nbs/01c_ingest.ipynb #8b6b4ed9
+def _sidecar_facts(source: Source, head: _Header, options: IngestOptions) -> dict:
     "RepetitionTime and StartTime, from a JSON sidecar or from OpenfMRI's scan_key.txt."
     if source.sidecar is None:
         return {}
@@ -1403,12 +1409,21 @@ def _sidecar_facts(source: Source) -> dict:
         words = [line.split() for line in source.sidecar.read_text().splitlines()]
         told = dict(w for w in words if len(w) == 2)
         return {"RepetitionTime": float(told["TR"])} if "TR" in told else {}
-    return _json(source.sidecar)
+    try:
+        told = json.loads(source.sidecar.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        told = f"{type(error).__name__}: {error}"
+    if isinstance(told, dict):
+        return told
+    level = "note" if options.source_tr else "refuse"  # who else is to say whether the header's TR is right?
+    done = "not read; mend or remove it, or give --source-tr SECONDS"
+    head.note("sidecar", f"{source.sidecar.name} as a JSON object", str(told)[:80], done, level)
+    return {}
 
-# %% ../nbs/01c_ingest.ipynb #c6fbd382
+# %% ../nbs/01c_ingest.ipynb #03c12aaa
 def _examine_time(source: Source, head: _Header, options: IngestOptions, facts: dict) -> float | None:
     "Repetition time, frames to drop, frames to mark, and whether enough is left."
-    told = _sidecar_facts(source)
+    told = _sidecar_facts(source, head, options)
     sidecar = told.get("RepetitionTime")
     if sidecar is not None and (isinstance(sidecar, bool) or not isinstance(sidecar, (int, float))):
         head.note("TR", "a number in the sidecar", repr(sidecar), "give --source-tr SECONDS", "refuse")

@@ -17,7 +17,7 @@ from fmri_book.cohort import Cohort
 from fmri_book.prepare import partial_folder, write_simulated_bids
 from fmri_book.storage import Store, verify
 
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.exists(), reason="the real files are not here")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 

@@ -924,7 +924,7 @@ def test_refusals_and_sources_travel_between_processes(study):
     source = discover(study, to="volume").sources[0]
     assert pickle.loads(pickle.dumps(source)) == source
     with pytest.raises(Refused) as caught:
-        load(source, "flat")
+        load(source, "schaefer100", IngestOptions(min_seconds=1e6))
     again = pickle.loads(pickle.dumps(caught.value))
     assert str(again) == str(caught.value) and again.decisions == caught.value.decisions
 
@@ -1046,3 +1046,15 @@ def test_a_header_to_distrust():
     assert "exactly 1 s" in examine(source).reasons[0]
     run, _ = load(source, "surface", IngestOptions(source_tr=1.4))
     np.testing.assert_array_equal(run.bold, data.load_example_run().bold)
+
+
+@pytest.mark.parametrize("text", ['{"RepetitionTime": 2.0', "[2.0]", ""])
+def test_a_broken_sidecar_is_refused_unless_the_user_gives_the_tr(tmp_path, text):
+    path = save_volume(tmp_path / "sub-1_task-rest_space-MNI152NLin6Asym_bold.nii.gz", noise((6, 6, 6, 40)), tr=2.5)
+    (tmp_path / "sub-1_task-rest_space-MNI152NLin6Asym_bold.json").write_text(text)
+    source = discover(tmp_path).sources[0]
+    assert source.sidecar is not None
+    refused = examine(source, to="volume")
+    assert refused.refused and "JSON object" in " ".join(refused.reasons) and "--source-tr" in " ".join(refused.reasons)
+    told = examine(source, to="volume", options=IngestOptions(source_tr=2.5))
+    assert not told.refused and level(told.decisions, "sidecar") == "note"

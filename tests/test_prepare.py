@@ -25,7 +25,7 @@ from fmri_book.ingest import IngestOptions
 from fmri_book.prepare import Different, Settings, Unfinished, partial_folder, prepare
 from fmri_book.storage import Store, verify
 
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.exists(), reason="the real files are not here")
 HERE = {"workers": 0, "progress": False}  # in this process: no time for starting others
 
