@@ -1050,7 +1050,7 @@ def test_a_header_to_distrust():
 
 @pytest.mark.parametrize("text", ['{"RepetitionTime": 2.0', "[2.0]", ""])
 def test_a_broken_sidecar_is_refused_unless_the_user_gives_the_tr(tmp_path, text):
-    path = save_volume(tmp_path / "sub-1_task-rest_space-MNI152NLin6Asym_bold.nii.gz", noise((6, 6, 6, 40)), tr=2.5)
+    save_volume(tmp_path / "sub-1_task-rest_space-MNI152NLin6Asym_bold.nii.gz", noise((6, 6, 6, 40)), tr=2.5)
     (tmp_path / "sub-1_task-rest_space-MNI152NLin6Asym_bold.json").write_text(text)
     source = discover(tmp_path).sources[0]
     assert source.sidecar is not None
