@@ -115,14 +115,22 @@ def facts(self: Settings) -> dict:
     }
     return {"fmri_book": __version__, **here, **options}
 
-# %% ../nbs/02b_prepare.ipynb #e3720597
+# %% ../nbs/02b_prepare.ipynb #6be4ffdd
 def differences(
     before: dict,  # facts
     now: dict,
 ) -> list[str]:  # one entry for each fact that differs
     "What differs between two sets of facts, in words."
-    keys = sorted(before.keys() | now.keys())
-    return [f"{k}: was {before.get(k)!r}, is {now.get(k)!r}" for k in keys if before.get(k) != now.get(k)]
+    unlike = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    return [f"{k}: was {_in_short(before.get(k))}, is {_in_short(now.get(k))}" for k in unlike]
+
+
+def _in_short(fact) -> str:
+    "A fact in a line: of a split, how many subjects each part has."
+    if isinstance(fact, dict) and "parts" in fact:
+        return ", ".join(f"{part} {len(names)}" for part, names in fact["parts"].items()) + " subjects"
+    text = repr(fact)
+    return text if len(text) <= 120 else f"{text[:100]} … ({len(text)} characters)"
 
 # %% ../nbs/02b_prepare.ipynb #647d3082
 def fingerprint(
