@@ -119,8 +119,8 @@ def test_time_and_memory_are_measured(book):
     cells = ("parameters", 'PRESET = "ci"'), ("", "import time\nheld = bytearray(300_000_000)\ntime.sleep(1)")
     notebook(book.nbs / "01_one.ipynb", *cells)
     notebook(book.nbs / "02_two.ipynb", ("parameters", 'PRESET = "ci"'), ("", "1"))
-    large, small = building.build(book, execute_only=True)
-    assert large.seconds > 1 and 280e6 < large.peak_bytes - small.peak_bytes < 340e6
+    large, small = building.build(book, execute_only=True, jobs=1)  # side by side they would share libraries
+    assert large.seconds > 1 and 240e6 < large.peak_bytes - small.peak_bytes < 340e6
     assert f"{large.peak_bytes / 1e6:,.0f} MB" in building.run_stats(large) and "2 min 05 s" in building.run_stats(
         building.replace(large, seconds=125.2)
     )
