@@ -713,7 +713,7 @@ def _confound_columns(self: Run, wanted) -> list[str]:
 
 
 @patch
-def zscore(self: Run) -> Run:  # noqa: F811 (a method beside the function)
+def zscore(self: Run) -> Run:
     "The run with each site in units of its own standard deviation."
     return self.replace(bold=zscore(self.bold), meta=_history(self, "zscore"))
 

@@ -679,7 +679,7 @@ class Shards:
 
 # %% ../nbs/01d_formats.ipynb #21d9be3d
 @patch
-def __iter__(self: Shards) -> Iterator[Record]:  # noqa: F811
+def __iter__(self: Shards) -> Iterator[Record]:
     self.problems.clear()
     seen, n = {}, 0
     for url in self.urls:
@@ -1044,7 +1044,7 @@ def record(self: ShardIndex, i: int) -> Record:
 
 
 @patch
-def __iter__(self: ShardIndex) -> Iterator[Record]:  # noqa: F811
+def __iter__(self: ShardIndex) -> Iterator[Record]:
     return map(self.record, range(len(self)))
 
 # %% ../nbs/01d_formats.ipynb #8ac061ed
@@ -1279,7 +1279,7 @@ class ArrowRuns:
 
 # %% ../nbs/01d_formats.ipynb #c05ca72c
 @patch
-def __iter__(self: ArrowRuns) -> Iterator[Record]:  # noqa: F811
+def __iter__(self: ArrowRuns) -> Iterator[Record]:
     seen = set()
     for table in self.tables:
         for n, row in enumerate(_arrow_rows(table)):
@@ -1291,7 +1291,7 @@ def __iter__(self: ArrowRuns) -> Iterator[Record]:  # noqa: F811
 
 
 @patch
-def __len__(self: ArrowRuns) -> int:  # noqa: F811
+def __len__(self: ArrowRuns) -> int:
     return sum(batch.num_rows for table in self.tables for batch in _arrow_batches(table))
 
 # %% ../nbs/01d_formats.ipynb #668e79f4
@@ -1743,7 +1743,7 @@ def _facts(self: HDF5Runs, file, name: str, i: int) -> dict:
 
 # %% ../nbs/01d_formats.ipynb #66c0958e
 @patch
-def record(self: HDF5Runs, i: int) -> Record:  # noqa: F811
+def record(self: HDF5Runs, i: int) -> Record:
     "A whole run."
     row = self.index.iloc[i]
     with self._open() as file:
@@ -2099,7 +2099,7 @@ def _voxels(self: VolumeRuns, i: int, grid: np.ndarray) -> tuple[np.ndarray, ...
 
 
 @patch
-def read(self: VolumeRuns, i: int, start: int, n: int) -> np.ndarray:  # noqa: F811
+def read(self: VolumeRuns, i: int, start: int, n: int) -> np.ndarray:
     "A clip (n, voxels) of the voxels inside the mask, float16, from the memory map."
     grid = self.tensor(i)
     if not (0 <= start and n > 0 and start + n <= grid.shape[3]):
@@ -2120,7 +2120,7 @@ def _check_sums(path: Path):
 
 # %% ../nbs/01d_formats.ipynb #a6e16b10
 @patch
-def record(self: VolumeRuns, i: int) -> Record:  # noqa: F811
+def record(self: VolumeRuns, i: int) -> Record:
     "A whole run."
     said = self._said(i)
     _check_sums(self.files[i])

@@ -726,7 +726,7 @@ def _as_float(x):
 
 
 @patch
-def check(self: Scaler, layout: Layout | str) -> None:  # noqa: F811 (Split has one, too)
+def check(self: Scaler, layout: Layout | str) -> None:
     "Raise unless the layout (or its digest) is the one that the scaler was fitted on."
     found = layout if isinstance(layout, str) else _columns(layout)
     if found != self.layout:
@@ -789,7 +789,7 @@ SCALER_FORMAT = "fmri_book scaler 1"
 
 
 @patch
-def to_dict(self: Scaler) -> dict:  # noqa: F811 (Split has one, too)
+def to_dict(self: Scaler) -> dict:
     "As plain lists and numbers."
     facts = {f: getattr(self, f) for f in self.__dataclass_fields__}
     return (
@@ -822,7 +822,7 @@ def from_dict(cls: Scaler, facts: Mapping, where: str = "scaler") -> Scaler:
 
 # %% ../nbs/01e_splits.ipynb #d06b25d4
 @patch
-def save(self: Scaler, path: str | os.PathLike) -> Path:  # noqa: F811 (Split has one, too)
+def save(self: Scaler, path: str | os.PathLike) -> Path:
     "Write the scaler as JSON; a file that holds another one is never replaced."
     path, text = Path(path), json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
     if not publish_once(path, text.encode()) and Scaler.load(path) != self:
@@ -833,7 +833,7 @@ def save(self: Scaler, path: str | os.PathLike) -> Path:  # noqa: F811 (Split ha
 
 
 @patch(cls_method=True)
-def load(cls: Scaler, path: str | os.PathLike) -> Scaler:  # noqa: F811 (Split has one, too)
+def load(cls: Scaler, path: str | os.PathLike) -> Scaler:
     "A scaler from its file."
     return cls.from_dict(_read_json(Path(path)), str(path))
 
