@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'RECIPES', 'HARMLESS', 'learning_rate', 'decays', 'layers_of', 'parameter_groups', 'Batches', 'Draw',
-           'Options', 'Recipe', 'recipe', 'find_recipe', 'make_config', 'options_of', 'differences', 'NonFinite',
-           'Changed', 'TrainResult', 'read_lines', 'random_state', 'set_random_state', 'optimizer_tensors',
-           'load_optimizer_tensors', 'checkpoints', 'write_checkpoint', 'read_checkpoint_file', 'Trainer',
-           'sharded_states', 'load_sharded_states', 'train', 'simulated_records', 'example_records', 'MAERecipe']
+__all__ = ['RECIPES', 'PRECISIONS', 'HARMLESS', 'learning_rate', 'decays', 'layers_of', 'parameter_groups', 'Batches',
+           'simulated_records', 'example_records', 'Draw', 'Recipe', 'recipe', 'find_recipe', 'MAERecipe', 'Options',
+           'make_config', 'options_of', 'differences', 'NonFinite', 'Changed', 'TrainResult', 'read_lines',
+           'random_state', 'set_random_state', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints',
+           'write_checkpoint', 'read_checkpoint_file', 'Trainer', 'sharded_states', 'load_sharded_states', 'train']
 
 # %% ../nbs/03a_training.ipynb #7c053697
 def learning_rate(
@@ -111,7 +111,7 @@ def parameter_groups(
         groups.setdefault(key, new)["params"].append(p)
     return list(groups.values())
 
-# %% ../nbs/03a_training.ipynb #c0ea14cf
+# %% ../nbs/03a_training.ipynb #1c9d4974
 class Batches:
     "Batches without end, epoch after epoch, that know where they are."
 
@@ -119,13 +119,17 @@ class Batches:
         self,
         loader: DataLoader,  # of clips, see `clips.clip_loader`
         per_epoch: int | None = None,  # batches after which an endless stream counts as one epoch older
+        together: int = 1,  # batches that make one step: an epoch has whole steps only
     ):
         self.loader, self.used, self._iterator = loader, 0, None
         self.stream = isinstance(loader.dataset, IterableDataset)
         self.epoch, self._first = 0, 0
-        self.per_epoch = per_epoch if self.stream else loader.batch_sampler.n_batches
-        if not self.per_epoch:
+        if self.stream and not per_epoch:
             raise ValueError("training: expected clips_per_epoch for a stream of shards, found none")
+        n = per_epoch if self.stream else loader.batch_sampler.n_batches
+        self.per_epoch = n // together * together
+        if not self.per_epoch:
+            raise ValueError(f"training: expected an epoch of at least {together} batches, a step, found {n}")
 
     def _begin(self, epoch: int) -> None:
         self.epoch, self.used, self._first, self._iterator = epoch, 0, 0, None
@@ -165,6 +169,67 @@ def load_state_dict(self: Batches, state: dict[str, int]) -> None:
     self.loader.batch_sampler.load_state_dict(state)
     self.epoch, self.used, self._first, self._iterator = state["epoch"], state["first"], state["first"], None
 
+# %% ../nbs/03a_training.ipynb #c4019eab
+class _Recordings(list):
+    "Records and the layout that they share."
+
+    layout: Layout
+
+
+def simulated_records(
+    n_subjects: int,
+    n_frames: int,
+    space: str = "schaefer100",  # or flat: fsaverage5 on the flat map
+    seed: int = 0,
+) -> _Recordings:
+    "One run of rest for each person of a simulated cohort, every site a z-score."
+    from fmri_book.cohort import Cohort
+    from fmri_book.data import zscore
+
+    flat = space == "flat"
+    cohort = Cohort(
+        n_subjects=n_subjects,
+        n_sessions=1,
+        n_frames=n_frames,
+        tasks=("rest",),
+        space="fsaverage5" if flat else space,
+        seed=seed,
+    )
+    runs = (run.replace(bold=zscore(run.bold)) for run in cohort)
+    made = _Recordings(_flat_record(r) if flat else Record.from_run(r, "float16") for r in runs)
+    made.layout = _flat_layout() if flat else Layout.of(cohort.space)
+    return made
+
+# %% ../nbs/03a_training.ipynb #64296b7d
+def _flat_record(run: Any, label: str = "") -> Record:
+    from fmri_book.prepare import flat_frames
+
+    return Record(flat_frames(run), run.tr, run.subject, run.session, run.task, label)
+
+
+def _flat_layout() -> Layout:
+    from fmri_book.flat_maps import FlatMap
+
+    return Layout.flat(FlatMap.fsaverage5().mask, surface="fsaverage5", patch=(16, 16))
+
+
+def example_records(
+    held_out: float = 0.2,  # share of the frames, at the end
+    gap: int = 20,  # frames between both parts that nobody sees
+) -> _Recordings:
+    "The book's real recording on the flat map, in two parts: run-train and run-heldout."
+    from fmri_book.data import load_example_run, zscore
+
+    run = load_example_run()
+    n = int(run.n_frames * (1 - held_out))
+    bold = run.bold
+    # each part is standardised by itself: nothing of the held-out frames reaches the training
+    parts = {"train": bold[: n - gap], "heldout": bold[n:]}
+    runs = {name: run.replace(bold=zscore(x), confounds=None) for name, x in parts.items()}
+    made = _Recordings(_flat_record(r, name) for name, r in runs.items())
+    made.layout = _flat_layout()
+    return made
+
 # %% ../nbs/03a_training.ipynb #f3447868
 @dataclass(frozen=True)
 class Draw:
@@ -187,65 +252,6 @@ class Draw:
     @staticmethod
     def _seeded(*words: int, device: Any = "cpu") -> torch.Generator:
         return torch.Generator(device).manual_seed(int(hashed_uniform(*words)[0] * 2**53))
-
-# %% ../nbs/03a_training.ipynb #5ae12fa4
-PRECISIONS = ("fp32", "bf16", "fp16", "bf16-pure")
-
-
-@dataclass(frozen=True)
-class Options:
-    "What every recipe shares. The names are the keys of the configuration."
-
-    out: str = "run"  # folder of the run
-    seed: int = 0
-    steps: int | None = None  # optimiser steps; None: as many as the epochs have
-    epochs: float = 1.0
-    clips_per_epoch: int | None = None  # of a stream, which has no end of its own
-    batch_size: int = 32  # of one process in one forward pass
-    accumulate: int = 1  # forward passes for one optimiser step
-    base_lr: float = 1e-3  # for 256 clips a step
-    lr: float | None = None  # the peak itself; None: base_lr × clips a step / 256
-    min_lr: float = 0.0
-    warmup: float = 0.05  # share of the steps
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    layer_decay: float = 1.0
-    clip_grad: float | None = 1.0  # largest norm of the gradient
-    precision: str = "fp32"  # fp32, bf16, fp16, bf16-pure
-    compile: bool = False
-    ema: float | None = None  # decay of a moving average of the weights, such as 0.999
-    device: str = "auto"  # or cpu
-    workers: int = 0  # processes that read ahead
-    eval_every: int | None = None  # steps; None: once an epoch; the end is always evaluated
-    eval_clips: int | None = None  # at most so many of each set
-    best: str | None = None  # evaluation set that decides which checkpoint is best; None: the first
-    save_every: int | None = None  # steps; None: as eval_every
-    keep: int = 2  # checkpoints, beside the best
-    log_every: int = 1
-    track: str | None = None  # tensorboard or wandb, if installed
-    progress: bool = True
-
-    def __post_init__(self):
-        self.check()
-
-# %% ../nbs/03a_training.ipynb #bb085520
-@patch
-def check(self: Options) -> None:
-    "Refuses values that cannot be meant."
-    if self.precision not in PRECISIONS:
-        raise ValueError(
-            f"training: expected precision from {', '.join(PRECISIONS)}, found {self.precision!r}"
-        )
-    for name in ("batch_size", "accumulate", "keep", "log_every", "steps", "eval_every", "save_every"):
-        if (n := getattr(self, name)) is not None and (int(n) != n or n < 1):
-            raise ValueError(f"training: expected {name} as a whole number from 1 up, found {n!r}")
-    for name, low, high in (("ema", 0, 1), ("warmup", 0, 1), ("layer_decay", 0, 1)):
-        if (x := getattr(self, name)) is not None and not low <= x <= high:
-            raise ValueError(f"training: expected {name} from {low} to {high}, found {x!r}")
-    if self.device not in ("auto", "cpu"):
-        raise ValueError(f"training: expected device auto or cpu, found {self.device!r}")
-    if self.track not in (None, "tensorboard", "wandb"):
-        raise ValueError(f"training: expected track from tensorboard, wandb or null, found {self.track!r}")
 
 # %% ../nbs/03a_training.ipynb #6171f93a
 class Recipe:
@@ -316,6 +322,334 @@ def find_recipe(
         )
     return RECIPES[short]
 
+# %% ../nbs/03a_training.ipynb #74a8707e
+_PAPER = {"epochs": 100, "clips_per_epoch": 200_000, "warmup": 0.05, "precision": "fp16", "workers": 8}
+_GPU = {"steps": 3000, "batch_size": 64, "precision": "bf16", "workers": 8, "eval_every": 500}
+_CI = {"steps": 60, "batch_size": 8, "eval_every": 30, "lr": 1e-3, "warmup": 0.1}
+
+
+def _model_keys() -> dict[str, None]:
+    "Arguments of the model that the data does not fix; null leaves them to the size."
+    import inspect
+    from fmri_book.mae import MaskedAutoencoderViT
+
+    fixed = {"self", "img_size", "in_chans", "num_frames"}
+    return dict.fromkeys(n for n in inspect.signature(MaskedAutoencoderViT).parameters if n not in fixed)
+
+
+@recipe("mae")
+class MAERecipe(Recipe):
+    "Masked autoencoders of flat maps, parcels and volumes."
+
+    @classmethod
+    def defaults(cls, preset: str) -> dict[str, Any]:
+        presets = {"ci": _CI, "gpu": _GPU, "paper": _PAPER}
+        if preset not in presets:
+            raise ValueError(f"mae: expected a preset from {', '.join(presets)}, found {preset!r}")
+        small = preset == "ci"
+        size = {"ci": "mae_vit_d3", "gpu": "mae_vit_small", "paper": "mae_vit_base"}[preset]
+        model = _model_keys() | {"size": size, "t_patch_size": 16 if preset == "paper" else 4}
+        model |= {"pos_embed": "sep", "t_pred_stride": 1 if small else 2}
+        mask = {
+            "kind": "tube",
+            "ratio": 0.75 if small else 0.9,
+            "of": "image",
+            "pred_ratio": None,
+            "block": 3,
+        }
+        return presets[preset] | {"data": _data_section(small), "model": model, "mask": mask}
+
+# %% ../nbs/03a_training.ipynb #15ca3dff
+def _data_section(small: bool) -> dict[str, Any]:
+    "Where clips come from, and what becomes of them."
+    return {
+        "train": "simulated" if small else "example",  # or a folder: a store or shards; shards also by URL
+        "space": "schaefer100",  # simulated: a parcellation, or flat
+        "subjects": 12,  # simulated
+        "run_frames": 300,  # simulated
+        "cache": None,  # where made data is kept; null: the folder of the run
+        "split": None,  # JSON of `splits.Split`: train for training, validation for evaluation
+        "held_out": 0.2,  # without a split: share of the people that only evaluate
+        "evaluate": {},  # more sets: name -> folder
+        "frames": 16,
+        "mode": "random",
+        "oversample": 4.0,
+        "normalise": None,  # frame, global or none; null: frame on flat maps, none elsewhere
+        "clip": None,  # SD; null: 3 on flat maps
+        "crop": None,  # flat maps: range of the area of random crops
+        "mask_from": "layout",
+        "tr": None,
+    }
+
+# %% ../nbs/03a_training.ipynb #28fd230f
+@patch
+def prepare(self: MAERecipe) -> None:
+    "Writes the store of simulated or example data, once."
+    data = self.config.data
+    if data.train not in ("simulated", "example"):
+        return
+    folder = self._cache()
+    if (folder / "store.json").exists():
+        return
+    if data.train == "simulated":
+        made = simulated_records(data.subjects, data.run_frames, data.space)
+    else:
+        made = example_records(data.held_out)
+    write_store(made, folder, progress=False)
+
+
+@patch
+def _cache(self: MAERecipe) -> Path:
+    "A folder whose name tells what is in it."
+    data = self.config.data
+    parts = {
+        "simulated": (data.space, data.subjects, data.run_frames),
+        "example": (f"flat-{data.held_out:g}",),
+    }
+    name = "-".join(map(str, (data.train, *parts[data.train])))
+    return Path(data.cache or Path(self.config.out) / "data") / name
+
+# %% ../nbs/03a_training.ipynb #dbeb6cb3
+@patch
+def setup(self: MAERecipe, device: torch.device) -> nn.Module:
+    "Opens the sources; the model's image size follows from them."
+    from fmri_book.mae import SIZES, InputSpec
+
+    data = self.config.data
+    self._open()
+    limits = dict(normalise=data.normalise, clip=data.clip, mask_from=data.mask_from)
+    crop = None if data.crop is None else tuple(data.crop)
+    layout = self.training.layout
+    self.decoder = ClipDecoder(layout, data.frames, crop=crop, **limits).to(device)
+    asked = {k: v for k, v in self.config.model.items() if v is not None and k != "size"}
+    asked = {k: tuple(v) if not isinstance(v, int | float | str) else v for k, v in asked.items()}
+    sizes = [name for name in SIZES if name.startswith("mae_")]
+    if self.config.model.size not in sizes:
+        raise ValueError(
+            f"mae: expected model.size from {', '.join(sizes)}, found {self.config.model.size!r}"
+        )
+    asked |= self._image(layout, asked.get("patch_size"))
+    self.model = SIZES[self.config.model.size](in_chans=1, num_frames=data.frames, **asked)
+    self.model.cubes = self.cubes
+    tr = self.training.tr if isinstance(self.training, ClipStream) else self.training.table.tr[0]
+    self.model.input_spec = InputSpec.of(layout, self.decoder, 0.0 if tr == "any" else float(tr))
+    self.model.layout = layout
+    return self.model
+
+# %% ../nbs/03a_training.ipynb #c4cdf6ac
+@patch
+def _image(self: MAERecipe, layout: Layout, patch_size: Any) -> dict[str, Any]:
+    "Image and patch of flat maps, parcels (pictures one pixel wide), or volumes (rows of cubes)."
+    self.cubes = None
+    shape = tuple(self.decoder.inside.shape)
+    if self.decoder.key == "image":
+        return dict(img_size=shape, patch_size=patch_size or 16)
+    if self.decoder.key == "signal":
+        return dict(img_size=(*shape, 1), patch_size=patch_size or 1)
+    from fmri_book.mae import Cubes
+
+    self.cubes = Cubes(self.decoder.inside.cpu(), side=patch_size or 8).to(self.decoder.inside.device)
+    cubes = tuple(self.cubes.inside.shape)
+    return dict(img_size=cubes, patch_size=(1, cubes[1]))
+
+# %% ../nbs/03a_training.ipynb #93441ed1
+@patch
+def _open(self: MAERecipe) -> None:
+    "Training clips, and the sets for evaluation."
+    from fmri_book.splits import Split
+
+    data, self.sets = self.config.data, {}
+    made = data.train in ("simulated", "example")
+    source = _source(self._cache() if made else data.train)
+    rule = dict(frames=data.frames, tr=data.tr)
+    if isinstance(source, list):  # shards that cannot be indexed
+        self.training = ClipStream(source, mode=data.mode, oversample=data.oversample, **rule)
+    else:
+        ours = theirs = None
+        if data.split is not None:
+            split = Split.load(data.split)
+            present = set(source.index["subject"])
+            ours, theirs = (
+                {"subjects": sorted({s.removeprefix("sub-") for s in split.subjects(part)} & present)}
+                for part in ("train", "validation")
+            )
+        else:
+            ours, theirs = _held_out(source, data.train == "example", data.held_out)
+        random = dict(mode=data.mode, seed=self.config.seed, oversample=data.oversample)
+        self.training = ClipDataset(source, **rule, **random, **ours)
+        if theirs is not None:
+            self.sets["held out"] = ClipDataset(source, **rule, **theirs)
+        self.sets["train"] = ClipDataset(source, **rule, **ours)
+    for name, path in data.evaluate.items():
+        self.sets[name] = ClipDataset(_source(path), **rule)
+    for name, clips in self.sets.items():
+        if clips.layout != self.training.layout:
+            raise ValueError(
+                f"mae: expected evaluation set {name!r} on the training's layout {self.training.layout}, found {clips.layout}"
+            )
+
+
+def _source(path: str | Path) -> Any:
+    "A store, local shards with an index, or the names of shards that can only be streamed."
+    from fmri_book.formats import ShardIndex, detect, expand_urls, open_source
+
+    if detect(path) != "wds":
+        return open_source(path)
+    urls = expand_urls(path)
+    try:
+        return ShardIndex(urls)
+    except ValueError:  # compressed or remote
+        return urls
+
+
+def _held_out(source: Any, by_run: bool, share: float) -> tuple[dict, dict | None]:
+    "Whom to train on, and whom not: the last ones by name."
+    index = source.index
+    if by_run:
+        runs = [index.index[index["run"] == name].tolist() for name in ("train", "heldout")]
+        return {"runs": runs[0]}, {"runs": runs[1]}
+    people = sorted(set(index["subject"]))
+    n = round(share * len(people)) if share else 0
+    if not n:
+        return {"subjects": people}, None
+    if n >= len(people):
+        raise ValueError(
+            f"mae: expected data.held_out to leave people to train on, found {share} of {len(people)}"
+        )
+    return {"subjects": people[:-n]}, {"subjects": people[-n:]}
+
+# %% ../nbs/03a_training.ipynb #f7dd018a
+@patch
+def train_data(self: MAERecipe) -> Any:
+    return self.training
+
+
+@patch
+def eval_data(self: MAERecipe) -> dict[str, Any]:
+    return self.sets
+
+
+@patch
+def inputs(self: MAERecipe, batch: dict[str, Any], draw: Draw) -> dict[str, Any]:
+    "Images, where there is signal, and which patches may be seen."
+    from fmri_book.mae import as_images
+
+    self.decoder.train(self.model.training)
+    images, inside = as_images(self.decoder.decode(batch), self.cubes)
+    mask = self.config.mask
+    return {
+        "images": images,
+        "img_mask": inside,
+        "visible_mask": self._visible(inside, draw.samples(batch)).to(images.device, non_blocking=True),
+        "mask_ratio": None,
+        "pred_mask_ratio": mask.pred_ratio,
+        "generator": draw.generator(1),
+    }
+
+
+@patch
+def _visible(
+    self: MAERecipe, inside: Tensor | None, chances: list[torch.Generator]
+) -> Tensor:  # (B, patches) bool
+    "Each clip's own mask, drawn on the CPU."
+    from fmri_book.mae import PatchMask, random_masks
+
+    mask, grid = self.config.mask, self.model.grid
+    signal = torch.ones(1, grid.n_patches, dtype=torch.bool)
+    if inside is not None:
+        signal = PatchMask.of(grid, inside, "img_mask").patches().cpu()
+    signal = signal.expand(len(chances), -1)
+    options = dict(of=mask.of, block=mask.block)
+    return torch.cat(
+        [random_masks(mask.kind, mask.ratio, grid, s[None], 1, g, **options) for s, g in zip(signal, chances)]
+    )
+
+
+@patch
+def terms(self: MAERecipe, output: Any, batch: dict[str, Any]) -> Tensor:
+    "Predicted pixels."
+    return output.n_pixels
+
+# %% ../nbs/03a_training.ipynb #a5367600
+@patch
+def figure(self: MAERecipe, output: Any, title: str) -> Figure:
+    "Input under its mask, prediction, and target of the first clip."
+    from matplotlib.figure import Figure
+
+    seen = (output.images * output.visible_mask)[0, 0]
+    rows = {"visible": seen, "predicted": output.pred_images[0, 0], "target": output.images[0, 0]}
+    rows = {name: x.detach().float().cpu().numpy() for name, x in rows.items()}
+    video = seen.shape[-1] > 1
+    frames = range(0, seen.shape[0], max(1, seen.shape[0] // 4)) if video else [slice(None)]
+    figure = Figure(figsize=(2.4 * len(frames) + 1, 4), layout="constrained")
+    axes = figure.subplots(len(rows), len(frames), squeeze=False)
+    for row, (name, x) in zip(axes, rows.items()):
+        for ax, frame in zip(row, frames):
+            ax.imshow(x[frame] if video else x[..., 0], cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(name if video else f"{name}\n(frames)")
+    figure.suptitle(title)
+    return figure
+
+# %% ../nbs/03a_training.ipynb #5ae12fa4
+PRECISIONS = ("fp32", "bf16", "fp16", "bf16-pure")
+
+
+@dataclass(frozen=True)
+class Options:
+    "What every recipe shares. The names are the keys of the configuration."
+
+    out: str = "run"  # folder of the run
+    seed: int = 0
+    steps: int | None = None  # optimiser steps; None: as many as the epochs have
+    epochs: float = 1.0
+    clips_per_epoch: int | None = None  # of a stream, which has no end of its own
+    batch_size: int = 32  # of one process in one forward pass
+    accumulate: int = 1  # forward passes for one optimiser step
+    base_lr: float = 1e-3  # for 256 clips a step
+    lr: float | None = None  # the peak itself; None: base_lr × clips a step / 256
+    min_lr: float = 0.0
+    warmup: float = 0.05  # share of the steps
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    layer_decay: float = 1.0
+    clip_grad: float | None = 1.0  # largest norm of the gradient
+    precision: str = "fp32"  # fp32, bf16, fp16, bf16-pure
+    compile: bool = False
+    ema: float | None = None  # decay of a moving average of the weights, such as 0.999
+    device: str = "auto"  # or cpu
+    workers: int = 0  # processes that read ahead
+    eval_every: int | None = None  # steps; None: once an epoch; the end is always evaluated
+    eval_clips: int | None = None  # at most so many of each set
+    best: str | None = None  # evaluation set that decides which checkpoint is best; None: the first
+    save_every: int | None = None  # steps; None: as eval_every
+    keep: int = 2  # checkpoints, beside the best
+    log_every: int = 1
+    track: str | None = None  # tensorboard or wandb, if installed
+    progress: bool = True
+
+    def __post_init__(self):
+        self.check()
+
+# %% ../nbs/03a_training.ipynb #bb085520
+@patch
+def check(self: Options) -> None:
+    "Refuses values that cannot be meant."
+    if self.precision not in PRECISIONS:
+        raise ValueError(
+            f"training: expected precision from {', '.join(PRECISIONS)}, found {self.precision!r}"
+        )
+    for name in ("batch_size", "accumulate", "keep", "log_every", "steps", "eval_every", "save_every"):
+        if (n := getattr(self, name)) is not None and (int(n) != n or n < 1):
+            raise ValueError(f"training: expected {name} as a whole number from 1 up, found {n!r}")
+    for name, low, high in (("ema", 0, 1), ("warmup", 0, 1), ("layer_decay", 0, 1)):
+        if (x := getattr(self, name)) is not None and not low <= x <= high:
+            raise ValueError(f"training: expected {name} from {low} to {high}, found {x!r}")
+    if self.device not in ("auto", "cpu"):
+        raise ValueError(f"training: expected device auto or cpu, found {self.device!r}")
+    if self.track not in (None, "tensorboard", "wandb"):
+        raise ValueError(f"training: expected track from tensorboard, wandb or null, found {self.track!r}")
+
 # %% ../nbs/03a_training.ipynb #cda833a1
 def _flat(tree: Mapping, before: str = "") -> dict[str, Any]:
     "{'data': {'frames': 16}} -> {'data.frames': 16}"
@@ -346,7 +680,7 @@ def _check_key(key: str, value: Any, known: dict[str, Any], where: str) -> None:
             f"{where}: expected {key} as {'true or false' if isinstance(default, bool) else kind}, found {value!r}"
         )
 
-# %% ../nbs/03a_training.ipynb #ca29f2a8
+# %% ../nbs/03a_training.ipynb #39b69a63
 def make_config(
     recipe: str = "mae",
     preset: str = "ci",
@@ -371,7 +705,7 @@ def make_config(
     OmegaConf.set_readonly(config, True)
     return config
 
-
+# %% ../nbs/03a_training.ipynb #734b890a
 def _read_change(change: str | Path | Mapping) -> tuple[str, dict]:
     "Where it comes from, and what it says."
     from omegaconf import OmegaConf
@@ -543,7 +877,7 @@ def read_checkpoint_file(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a file of a checkpoint, found one that cannot be read ({error})"
         ) from error
 
-# %% ../nbs/03a_training.ipynb #bb41eeaf
+# %% ../nbs/03a_training.ipynb #a1f161a5
 class Trainer:
     "A run: model, optimiser, data, and where it is. `train` makes one and runs it."
 
@@ -567,7 +901,7 @@ class Trainer:
         # from here on chance is each process's own
         torch.manual_seed(int(hashed_uniform(self.options.seed, self.rank, 1)[0] * 2**53))
 
-
+# %% ../nbs/03a_training.ipynb #c76e47b4
 def _accelerator(options: Options):
     "Accelerate keeps one state for a process; a second run in the same process starts a new one."
     from accelerate import Accelerator
@@ -588,7 +922,7 @@ def _accelerator(options: Options):
         **track,
     )
 
-# %% ../nbs/03a_training.ipynb #228ca753
+# %% ../nbs/03a_training.ipynb #4a769fdd
 @patch
 def _make_batches(self: Trainer) -> None:
     "The training data, and how many steps it makes."
@@ -600,7 +934,7 @@ def _make_batches(self: Trainer) -> None:
         data, o.batch_size, o.workers, seed=o.seed, **fast, **_place(data, self.rank, self.world)
     )
     per_epoch = o.clips_per_epoch and o.clips_per_epoch // (self.world * o.batch_size)
-    self.batches = Batches(loader, per_epoch)
+    self.batches = Batches(loader, per_epoch, o.accumulate)
     self.steps = o.steps or max(1, int(o.epochs * self.batches.per_epoch) // o.accumulate)
     self.epoch_steps = max(1, self.batches.per_epoch // o.accumulate)
     self.eval_every = o.eval_every or self.epoch_steps
@@ -617,15 +951,18 @@ def _make_batches(self: Trainer) -> None:
 def _place(data: Any, rank: int, world: int) -> dict[str, int]:
     return {} if isinstance(data, IterableDataset) else {"rank": rank, "world": world}
 
-# %% ../nbs/03a_training.ipynb #1005b0f6
+# %% ../nbs/03a_training.ipynb #5a542262
 @patch
 def _make_optimizer(self: Trainer) -> None:
     "Optimiser and what runs: the model itself, or its bfloat16 copy; wrapped for several processes."
     o = self.options
     self.model.to(self.device).train()
-    self.pure, self.sharded = o.precision == "bf16-pure", _kind(self.accelerator) == "FSDP"
-    if self.sharded and (self.pure or o.ema is not None):
-        raise ValueError("training: expected neither bf16-pure nor ema with FSDP, which shards the weights")
+    self.strategy = self.accelerator.distributed_type.value  # NO, MULTI_GPU, FSDP …
+    self.pure, self.sharded = o.precision == "bf16-pure", self.strategy == "FSDP"
+    if self.strategy in ("FSDP", "DEEPSPEED") and (self.pure or o.ema is not None):
+        raise ValueError(
+            f"training: expected neither bf16-pure nor ema with {self.strategy}, which spreads the weights over processes"
+        )
     if o.compile:
         self.model.compile()
     groups = parameter_groups(self.model, o.weight_decay, o.layer_decay)
@@ -640,11 +977,7 @@ def _make_optimizer(self: Trainer) -> None:
     if o.ema is not None:
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
-
-def _kind(accelerator) -> str:
-    return accelerator.distributed_type.value
-
-# %% ../nbs/03a_training.ipynb #ff880040
+# %% ../nbs/03a_training.ipynb #7f438cf7
 @patch
 def _forward_backward(self: Trainer) -> Tensor:  # loss × terms, terms; of this process
     "Gradients of one optimiser step. Their mean is over all terms of all micro-batches and processes."
@@ -668,7 +1001,7 @@ def _forward_backward(self: Trainer) -> Tensor:  # loss × terms, terms; of this
         sums += torch.stack([output.loss.detach().double() * terms, terms.double()])
     if self.pure:
         self._collect_gradients()
-    if self.options.accumulate > 1 and _kind(self.accelerator) != "DEEPSPEED":
+    if self.options.accumulate > 1 and self.strategy != "DEEPSPEED":
         torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], total)
     return sums
 
@@ -687,7 +1020,7 @@ def _refresh_copy(self: Trainer) -> None:
     "The bfloat16 copy, from the float32 weights."
     torch._foreach_copy_(list(self.inner.parameters()), list(self.model.parameters()))
 
-# %% ../nbs/03a_training.ipynb #1e18d3fb
+# %% ../nbs/03a_training.ipynb #93a28bdd
 @patch
 def one_step(self: Trainer) -> dict[str, float]:  # the row of the log
     "Forward, backward, clip, update."
@@ -700,7 +1033,7 @@ def one_step(self: Trainer) -> dict[str, float]:  # the row of the log
     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
     stopping = sums.new_tensor([float(bool(self.stop))])
     weighted, terms, stops = self.accelerator.reduce(torch.cat([sums, stopping]), "sum").tolist()
-    loss, norm = weighted / max(terms, 1e-30), math.nan if norm is None else float(norm)
+    loss, norm = weighted / max(terms, 1e-30), -1.0 if norm is None else float(norm)  # DeepSpeed may not say
     if not math.isfinite(loss) or not (math.isfinite(norm) or o.precision == "fp16"):
         raise self._not_finite(loss, norm)
     self.optimizer.step()
@@ -753,13 +1086,15 @@ def _average(self: Trainer) -> None:
         else:
             self.ema[name].copy_(value)
 
-# %% ../nbs/03a_training.ipynb #a885fd28
+# %% ../nbs/03a_training.ipynb #547551e7
 @patch
 def save(self: Trainer) -> Path:
     "A checkpoint of this step, by the first process; the oldest ones go."
     from accelerate.utils import gather_object
 
     path = self.folder / "checkpoints" / f"step_{self.step:08d}"
+    if self.strategy == "DEEPSPEED":  # keeps its optimiser to itself: files of its own, written first
+        self.worker.save_checkpoint(str(self.folder / "deepspeed"), tag=path.name)
     model, optimizer = self._states()
     randoms = gather_object([random_state()])
     if self.main and not path.exists():
@@ -788,11 +1123,14 @@ def _forget_old(self: Trainer) -> None:
         for path in checkpoints(self.folder)[: -self.options.keep]:
             if path.name != best:
                 shutil.rmtree(path)
+                shutil.rmtree(self.folder / "deepspeed" / path.name, ignore_errors=True)
 
-# %% ../nbs/03a_training.ipynb #d2aea26d
+# %% ../nbs/03a_training.ipynb #7e41b945
 @patch
 def _states(self: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     "Weights and the optimiser's memory, whole, by name."
+    if self.strategy == "DEEPSPEED":
+        return self.accelerator.get_state_dict(self.worker), {}
     if not self.sharded:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return self.model.state_dict(), optimizer_tensors(self.model, optimizer)
@@ -818,10 +1156,15 @@ def load_sharded_states(
     memory: dict[str, Tensor],
 ) -> None:
     "Back into the shards; every process has read the files."
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    groups = get_state_dict(model, optimizer, options=whole)[1]["param_groups"]
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    groups = [
+        {k: v for k, v in group.items() if k != "params"}
+        | {"params": [name_of[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in memory.items():
         what, _, name = key.partition(":")
@@ -829,14 +1172,16 @@ def load_sharded_states(
     both = {"state": state, "param_groups": groups}
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=both, options=whole)
 
-# %% ../nbs/03a_training.ipynb #80756244
+# %% ../nbs/03a_training.ipynb #97365715
 @patch
 def load(self: Trainer, path: Path) -> None:
     "Everything as it was when this checkpoint was saved."
     facts = json.loads((path / "state.json").read_text())
     weights = read_checkpoint_file(path / "model.safetensors")
     memory = read_checkpoint_file(path / "optimizer.safetensors")
-    if self.sharded:
+    if self.strategy == "DEEPSPEED":
+        self.worker.load_checkpoint(str(self.folder / "deepspeed"), tag=path.name)
+    elif self.sharded:
         load_sharded_states(self.worker, self.optimizer.optimizer, weights, memory)
     else:
         self.model.load_state_dict(weights)
@@ -954,7 +1299,7 @@ def _cut_logs(self: Trainer) -> None:
         with atomic_path(self.folder / name) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-# %% ../nbs/03a_training.ipynb #04409b12
+# %% ../nbs/03a_training.ipynb #147da20f
 @patch
 def run(self: Trainer) -> TrainResult:
     "All steps that are left."
@@ -978,14 +1323,27 @@ def run(self: Trainer) -> TrainResult:
 
 
 @patch
+def _save_model(self: Trainer, model: nn.Module) -> None:
+    "The weights for use, in the model's own format."
+    whole = self.strategy in ("FSDP", "DEEPSPEED")
+    weights = self._states()[0] if whole else None
+    if not self.main:
+        return
+    if whole:  # the shards are gathered into a new model
+        model = find_recipe(self.config.recipe)(self.config).setup(torch.device("cpu"))
+        model.load_state_dict(weights)
+    model.save_pretrained(self.folder / "model")
+
+
+@patch
 def _finish(self: Trainer) -> TrainResult:
     "The weights for use, and what there is to say."
     model, done = self.accelerator.unwrap_model(self.worker, keep_fp32_wrapper=False), self.step == self.steps
     model = self.model if self.pure else model
     if self.ema is not None:
         model.load_state_dict(self.ema)
-    if done and self.main and hasattr(model, "save_pretrained") and not self.sharded:
-        model.eval().save_pretrained(self.folder / "model")
+    if done and hasattr(model, "save_pretrained"):
+        self._save_model(model.eval())
     if self.options.track:
         self.accelerator.end_training()
     self.accelerator.wait_for_everyone()
@@ -1035,7 +1393,7 @@ def _bar(self: Trainer) -> Any:
             disable=terminal if shown else True,
         )
 
-# %% ../nbs/03a_training.ipynb #40739f16
+# %% ../nbs/03a_training.ipynb #3fcde37c
 @patch
 def facts(self: Trainer) -> dict[str, Any]:
     "What else decides how a run goes, for run.json."
@@ -1057,7 +1415,7 @@ def facts(self: Trainer) -> dict[str, Any]:
         "peak_lr": self.peak,
         "trained_parameters": trained,
         "device": device,
-        "strategy": _kind(self.accelerator),
+        "strategy": self.strategy,
         "torch": torch.__version__,
         "fmri_book": fmri_book.__version__,
         "commit": commit,
@@ -1142,340 +1500,3 @@ def _open_folder(self: Trainer) -> None:
     if self.options.track:
         self._start_tracking()
     self.accelerator.wait_for_everyone()
-
-# %% ../nbs/03a_training.ipynb #a49d58f5
-class _Recordings(list):
-    "Records and the layout that they share."
-
-    layout: Layout
-
-
-def simulated_records(
-    n_subjects: int,
-    n_frames: int,
-    space: str = "schaefer100",  # or flat: fsaverage5 on the flat map
-    seed: int = 0,
-) -> _Recordings:
-    "One run of rest for each person of a simulated cohort, every site a z-score."
-    from fmri_book.cohort import Cohort
-    from fmri_book.data import zscore
-
-    flat = space == "flat"
-    cohort = Cohort(
-        n_subjects=n_subjects,
-        n_sessions=1,
-        n_frames=n_frames,
-        tasks=("rest",),
-        space="fsaverage5" if flat else space,
-        seed=seed,
-    )
-    runs = (run.replace(bold=zscore(run.bold)) for run in cohort)
-    made = _Recordings(_flat_record(r) if flat else Record.from_run(r, "float16") for r in runs)
-    made.layout = _flat_layout() if flat else Layout.of(cohort.space)
-    return made
-
-
-def _flat_record(run: Any, label: str = "") -> Record:
-    from fmri_book.prepare import flat_frames
-
-    return Record(flat_frames(run), run.tr, run.subject, run.session, run.task, label)
-
-
-def _flat_layout() -> Layout:
-    from fmri_book.flat_maps import FlatMap
-
-    return Layout.flat(FlatMap.fsaverage5().mask, surface="fsaverage5", patch=(16, 16))
-
-
-def example_records(
-    held_out: float = 0.2,  # share of the frames, at the end
-    gap: int = 20,  # frames between both parts that nobody sees
-) -> _Recordings:
-    "The book's real recording on the flat map, in two parts: run-train and run-heldout."
-    from fmri_book.data import load_example_run, zscore
-
-    run = load_example_run()
-    n = int(run.n_frames * (1 - held_out))
-    bold = run.bold
-    # each part is standardised by itself: nothing of the held-out frames reaches the training
-    parts = {"train": bold[: n - gap], "heldout": bold[n:]}
-    runs = {name: run.replace(bold=zscore(x), confounds=None) for name, x in parts.items()}
-    made = _Recordings(_flat_record(r, name) for name, r in runs.items())
-    made.layout = _flat_layout()
-    return made
-
-# %% ../nbs/03a_training.ipynb #093bfd99
-_PAPER = {
-    "steps": None,
-    "epochs": 100,
-    "clips_per_epoch": 200_000,
-    "warmup": 0.05,
-    "precision": "fp16",
-    "workers": 8,
-}
-_GPU = {"steps": 3000, "batch_size": 64, "precision": "bf16", "workers": 8, "eval_every": 500}
-_CI = {"steps": 60, "batch_size": 8, "eval_every": 30, "lr": 1e-3, "warmup": 0.1}
-
-
-def _model_keys() -> dict[str, None]:
-    "Arguments of the model that the data does not fix; null leaves them to the size."
-    import inspect
-    from fmri_book.mae import MaskedAutoencoderViT
-
-    fixed = {"self", "img_size", "in_chans", "num_frames"}
-    return dict.fromkeys(n for n in inspect.signature(MaskedAutoencoderViT).parameters if n not in fixed)
-
-
-@recipe("mae")
-class MAERecipe(Recipe):
-    "Masked autoencoders of flat maps, parcels and volumes."
-
-    @classmethod
-    def defaults(cls, preset: str) -> dict[str, Any]:
-        presets = {"ci": _CI, "gpu": _GPU, "paper": _PAPER}
-        if preset not in presets:
-            raise ValueError(f"mae: expected a preset from {', '.join(presets)}, found {preset!r}")
-        small = preset == "ci"
-        size = {"ci": "mae_vit_d3", "gpu": "mae_vit_small", "paper": "mae_vit_base"}[preset]
-        model = _model_keys() | {"size": size, "t_patch_size": 16 if preset == "paper" else 4}
-        model |= {"pos_embed": "sep", "t_pred_stride": 1 if small else 2}
-        mask = {
-            "kind": "tube",
-            "ratio": 0.75 if small else 0.9,
-            "of": "image",
-            "pred_ratio": None,
-            "block": 3,
-        }
-        return presets[preset] | {"data": _data_section(small), "model": model, "mask": mask}
-
-# %% ../nbs/03a_training.ipynb #63fc9c37
-def _data_section(small: bool) -> dict[str, Any]:
-    "Where clips come from, and what becomes of them."
-    return {
-        "train": "simulated" if small else "example",  # or a folder: a store or shards; shards also by URL
-        "space": "schaefer100",  # simulated: a parcellation, or flat
-        "subjects": 12,  # simulated
-        "run_frames": 300,  # simulated
-        "cache": None,  # where made data is kept; null: the folder of the run
-        "split": None,  # JSON of `splits.Split`: train for training, validation for evaluation
-        "held_out": 0.2,  # without a split: share of the people that only evaluate
-        "evaluate": {},  # more sets: name -> folder
-        "frames": 16,
-        "mode": "random",
-        "oversample": 4.0,
-        "normalise": None,  # frame, global or none; null: frame on flat maps, none elsewhere
-        "clip": None,  # SD; null: 3 on flat maps
-        "crop": None,  # flat maps: range of the area of random crops
-        "mask_from": "layout",
-        "tr": None,
-    }
-
-
-@patch
-def prepare(self: MAERecipe) -> None:
-    "Writes the store of simulated or example data, once."
-    data = self.config.data
-    if data.train not in ("simulated", "example"):
-        return
-    folder = self._cache()
-    if (folder / "store.json").exists():
-        return
-    if data.train == "simulated":
-        made = simulated_records(data.subjects, data.run_frames, data.space)
-    else:
-        made = example_records(data.held_out)
-    write_store(made, folder, progress=False)
-
-
-@patch
-def _cache(self: MAERecipe) -> Path:
-    "A folder whose name tells what is in it."
-    data = self.config.data
-    parts = {
-        "simulated": (data.space, data.subjects, data.run_frames),
-        "example": (f"flat-{data.held_out:g}",),
-    }
-    name = "-".join(map(str, (data.train, *parts[data.train])))
-    return Path(data.cache or Path(self.config.out) / "data") / name
-
-# %% ../nbs/03a_training.ipynb #038f1183
-@patch
-def setup(self: MAERecipe, device: torch.device) -> nn.Module:
-    "Opens the sources; the model's image size follows from them."
-    from fmri_book.mae import SIZES, InputSpec
-
-    data = self.config.data
-    self._open()
-    limits = dict(normalise=data.normalise, clip=data.clip, mask_from=data.mask_from)
-    crop = None if data.crop is None else tuple(data.crop)
-    layout = self.training.layout
-    self.decoder = ClipDecoder(layout, data.frames, crop=crop, **limits).to(device)
-    asked = {k: v for k, v in self.config.model.items() if v is not None and k != "size"}
-    asked = {k: tuple(v) if not isinstance(v, int | float | str) else v for k, v in asked.items()}
-    sizes = [name for name in SIZES if name.startswith("mae_")]
-    if self.config.model.size not in sizes:
-        raise ValueError(
-            f"mae: expected model.size from {', '.join(sizes)}, found {self.config.model.size!r}"
-        )
-    asked |= self._image(layout, asked.get("patch_size"))
-    self.model = SIZES[self.config.model.size](in_chans=1, num_frames=data.frames, **asked)
-    self.model.cubes = self.cubes
-    tr = self.training.tr if isinstance(self.training, ClipStream) else self.training.table.tr[0]
-    self.model.input_spec = InputSpec.of(layout, self.decoder, 0.0 if tr == "any" else float(tr))
-    self.model.layout = layout
-    return self.model
-
-
-@patch
-def _image(self: MAERecipe, layout: Layout, patch_size: Any) -> dict[str, Any]:
-    "Image and patch of flat maps, parcels (pictures one pixel wide), or volumes (rows of cubes)."
-    self.cubes = None
-    shape = tuple(self.decoder.inside.shape)
-    if self.decoder.key == "image":
-        return dict(img_size=shape, patch_size=patch_size or 16)
-    if self.decoder.key == "signal":
-        return dict(img_size=(*shape, 1), patch_size=patch_size or 1)
-    from fmri_book.mae import Cubes
-
-    self.cubes = Cubes(self.decoder.inside.cpu(), side=patch_size or 8).to(self.decoder.inside.device)
-    cubes = tuple(self.cubes.inside.shape)
-    return dict(img_size=cubes, patch_size=(1, cubes[1]))
-
-# %% ../nbs/03a_training.ipynb #b0397e66
-@patch
-def _open(self: MAERecipe) -> None:
-    "Training clips, and the sets for evaluation."
-    from fmri_book.splits import Split
-
-    data, self.sets = self.config.data, {}
-    made = data.train in ("simulated", "example")
-    source = _source(self._cache() if made else data.train)
-    rule = dict(frames=data.frames, tr=data.tr)
-    if isinstance(source, list):  # shards that cannot be indexed
-        self.training = ClipStream(source, mode=data.mode, oversample=data.oversample, **rule)
-    else:
-        ours = theirs = None
-        if data.split is not None:
-            split = Split.load(data.split)
-            present = set(source.index["subject"])
-            ours, theirs = (
-                {"subjects": sorted({s.removeprefix("sub-") for s in split.subjects(part)} & present)}
-                for part in ("train", "validation")
-            )
-        else:
-            ours, theirs = _held_out(source, data.train == "example", data.held_out)
-        random = dict(mode=data.mode, seed=self.config.seed, oversample=data.oversample)
-        self.training = ClipDataset(source, **rule, **random, **ours)
-        if theirs is not None:
-            self.sets["held out"] = ClipDataset(source, **rule, **theirs)
-        self.sets["train"] = ClipDataset(source, **rule, **ours)
-    for name, path in data.evaluate.items():
-        self.sets[name] = ClipDataset(_source(path), **rule)
-    for name, clips in self.sets.items():
-        if clips.layout != self.training.layout:
-            raise ValueError(
-                f"mae: expected evaluation set {name!r} on the training's layout {self.training.layout}, found {clips.layout}"
-            )
-
-
-def _source(path: str | Path) -> Any:
-    "A store, local shards with an index, or the names of shards that can only be streamed."
-    from fmri_book.formats import ShardIndex, detect, expand_urls, open_source
-
-    if detect(path) != "wds":
-        return open_source(path)
-    urls = expand_urls(path)
-    try:
-        return ShardIndex(urls)
-    except ValueError:  # compressed or remote
-        return urls
-
-
-def _held_out(source: Any, by_run: bool, share: float) -> tuple[dict, dict | None]:
-    "Whom to train on, and whom not: the last ones by name."
-    index = source.index
-    if by_run:
-        runs = [index.index[index["run"] == name].tolist() for name in ("train", "heldout")]
-        return {"runs": runs[0]}, {"runs": runs[1]}
-    people = sorted(set(index["subject"]))
-    n = round(share * len(people)) if share else 0
-    if not n:
-        return {"subjects": people}, None
-    if n >= len(people):
-        raise ValueError(
-            f"mae: expected data.held_out to leave people to train on, found {share} of {len(people)}"
-        )
-    return {"subjects": people[:-n]}, {"subjects": people[-n:]}
-
-# %% ../nbs/03a_training.ipynb #f7dd018a
-@patch
-def train_data(self: MAERecipe) -> Any:
-    return self.training
-
-
-@patch
-def eval_data(self: MAERecipe) -> dict[str, Any]:
-    return self.sets
-
-
-@patch
-def inputs(self: MAERecipe, batch: dict[str, Any], draw: Draw) -> dict[str, Any]:
-    "Images, where there is signal, and which patches may be seen."
-    from fmri_book.mae import as_images
-
-    self.decoder.train(self.model.training)
-    images, inside = as_images(self.decoder.decode(batch), self.cubes)
-    mask = self.config.mask
-    return {
-        "images": images,
-        "img_mask": inside,
-        "visible_mask": self._visible(inside, draw.samples(batch)).to(images.device, non_blocking=True),
-        "mask_ratio": None,
-        "pred_mask_ratio": mask.pred_ratio,
-        "generator": draw.generator(1),
-    }
-
-
-@patch
-def _visible(
-    self: MAERecipe, inside: Tensor | None, chances: list[torch.Generator]
-) -> Tensor:  # (B, patches) bool
-    "Each clip's own mask, drawn on the CPU."
-    from fmri_book.mae import PatchMask, random_masks
-
-    mask, grid = self.config.mask, self.model.grid
-    signal = torch.ones(1, grid.n_patches, dtype=torch.bool)
-    if inside is not None:
-        signal = PatchMask.of(grid, inside, "img_mask").patches().cpu()
-    signal = signal.expand(len(chances), -1)
-    options = dict(of=mask.of, block=mask.block)
-    return torch.cat(
-        [random_masks(mask.kind, mask.ratio, grid, s[None], 1, g, **options) for s, g in zip(signal, chances)]
-    )
-
-
-@patch
-def terms(self: MAERecipe, output: Any, batch: dict[str, Any]) -> Tensor:
-    "Predicted pixels."
-    return output.n_pixels
-
-# %% ../nbs/03a_training.ipynb #a5367600
-@patch
-def figure(self: MAERecipe, output: Any, title: str) -> Figure:
-    "Input under its mask, prediction, and target of the first clip."
-    from matplotlib.figure import Figure
-
-    seen = (output.images * output.visible_mask)[0, 0]
-    rows = {"visible": seen, "predicted": output.pred_images[0, 0], "target": output.images[0, 0]}
-    rows = {name: x.detach().float().cpu().numpy() for name, x in rows.items()}
-    video = seen.shape[-1] > 1
-    frames = range(0, seen.shape[0], max(1, seen.shape[0] // 4)) if video else [slice(None)]
-    figure = Figure(figsize=(2.4 * len(frames) + 1, 4), layout="constrained")
-    axes = figure.subplots(len(rows), len(frames), squeeze=False)
-    for row, (name, x) in zip(axes, rows.items()):
-        for ax, frame in zip(row, frames):
-            ax.imshow(x[frame] if video else x[..., 0], cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
-            ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name if video else f"{name}\n(frames)")
-    figure.suptitle(title)
-    return figure

@@ -804,6 +804,7 @@ def test_command_line_runs_resumes_and_refuses(store, tmp_path, capsys, monkeypa
 
 
 def test_accelerate_launches_the_command(store, small, tmp_path):
+    "--multi_gpu is Accelerate's name for one process per device through torchrun; device=cpu makes them processors."
     model = [f"model.{k}={v}" for k, v in SMALL["model"].items() if k != "patch_size"]
     asked = [
         f"data.train={store}",
@@ -813,19 +814,13 @@ def test_accelerate_launches_the_command(store, small, tmp_path):
         *model,
         "model.patch_size=[4,1]",
     ]
-    launch = (
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    )
-    port = ("--dynamo_backend", "no", "--main_process_port", str(free_port()), "-m", "fmri_book.cli")
-    done = program("train", "mae", *asked, "eval_every=3", "--out", tmp_path / "two", launch=(*launch, *port))
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    folder = tmp_path / "two"
+    told = ("train", "mae", *asked, "eval_every=3", "device=cpu", "--out", folder)
+    done = program(*told, launch=(*launch, "-m", "fmri_book.cli"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("6 steps") == 1
+    assert done.stdout.count("6 steps") == 1  # only the first process speaks
+    assert json.loads((folder / "run.json").read_text())["processes"] == 2
     one = T.train(small("one", steps=6, batch_size=8, eval_every=3))
-    assert np.allclose(losses(T.TrainResult(tmp_path / "two", 6, True)), losses(one), rtol=1e-4)
+    assert np.allclose(losses(T.TrainResult(folder, 6, True)), losses(one), rtol=1e-4)
