@@ -570,7 +570,7 @@ def _train(asked) -> int:
         print(f"fmri-book: stopped by {made.stopped}; the same command goes on", file=sys.stderr)
     return 0 if made.finished else 130
 
-# %% ../nbs/A2_command_line.ipynb #75de3d95
+# %% ../nbs/A2_command_line.ipynb #fef716d3
 def _status_of(error: BaseException) -> int:
     "2 if the call cannot be meant, 1 if something went wrong on the way."
     names = {c.__name__ for c in type(error).__mro__}
@@ -597,7 +597,7 @@ _IN_THE_SHELL = {
     "choose one with key=…": "choose one with --key, or a single file",
     "carry=True": "--carry",
     "pass overwrite=True": "pass --overwrite",
-    "Pass spec=InputSpec(space=…, surface=…, frames=…, tr=…)": "Give --input FILE",
+    "Pass spec=…, an InputSpec": "Give --input FILE, an input.json",
     "normalise='z'": "--normalise z",
     "allow_changes=True": "--allow-changes",
 }  # what a message of the library calls an argument
