@@ -253,7 +253,7 @@ class Draw:
     def _seeded(*words: int, device: Any = "cpu") -> torch.Generator:
         return torch.Generator(device).manual_seed(int(hashed_uniform(*words)[0] * 2**53))
 
-# %% ../nbs/03a_training.ipynb #6171f93a
+# %% ../nbs/03a_training.ipynb #01ff91e8
 class Recipe:
     "What the loop must know of a family of models. Register a subclass with `@recipe(name)`."
 
@@ -282,7 +282,7 @@ class Recipe:
         "Data sets by name."
         return {}
 
-    def inputs(self, batch: dict[str, Any], draw: Draw) -> dict[str, Any]:
+    def inputs(self, batch: dict, draw: Draw) -> dict[str, Any]:
         "Arguments of the model's forward, on the device."
         raise NotImplementedError
 
@@ -452,7 +452,7 @@ def _image(self: MAERecipe, layout: Layout, patch_size: Any) -> dict[str, Any]:
     cubes = tuple(self.cubes.inside.shape)
     return dict(img_size=cubes, patch_size=(1, cubes[1]))
 
-# %% ../nbs/03a_training.ipynb #93441ed1
+# %% ../nbs/03a_training.ipynb #efe8973b
 @patch
 def _open(self: MAERecipe) -> None:
     "Training clips, and the sets for evaluation."
@@ -488,7 +488,7 @@ def _open(self: MAERecipe) -> None:
                 f"mae: expected evaluation set {name!r} on the training's layout {self.training.layout}, found {clips.layout}"
             )
 
-
+# %% ../nbs/03a_training.ipynb #1e5e2be1
 def _source(path: str | Path) -> Any:
     "A store, local shards with an index, or the names of shards that can only be streamed."
     from fmri_book.formats import ShardIndex, detect, expand_urls, open_source
@@ -518,7 +518,7 @@ def _held_out(source: Any, by_run: bool, share: float) -> tuple[dict, dict | Non
         )
     return {"subjects": people[:-n]}, {"subjects": people[-n:]}
 
-# %% ../nbs/03a_training.ipynb #f7dd018a
+# %% ../nbs/03a_training.ipynb #f17386c0
 @patch
 def train_data(self: MAERecipe) -> Any:
     return self.training
@@ -546,7 +546,7 @@ def inputs(self: MAERecipe, batch: dict[str, Any], draw: Draw) -> dict[str, Any]
         "generator": draw.generator(1),
     }
 
-
+# %% ../nbs/03a_training.ipynb #d067e5ef
 @patch
 def _visible(
     self: MAERecipe, inside: Tensor | None, chances: list[torch.Generator]
@@ -591,10 +591,10 @@ def figure(self: MAERecipe, output: Any, title: str) -> Figure:
     figure.suptitle(title)
     return figure
 
-# %% ../nbs/03a_training.ipynb #5ae12fa4
+# %% ../nbs/03a_training.ipynb #b51252c2
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16-pure")
 
-
+# %% ../nbs/03a_training.ipynb #ddbd4552
 @dataclass(frozen=True)
 class Options:
     "What every recipe shares. The names are the keys of the configuration."
@@ -977,7 +977,7 @@ def _make_optimizer(self: Trainer) -> None:
     if o.ema is not None:
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
-# %% ../nbs/03a_training.ipynb #7f438cf7
+# %% ../nbs/03a_training.ipynb #74cafd72
 @patch
 def _forward_backward(self: Trainer) -> Tensor:  # loss × terms, terms; of this process
     "Gradients of one optimiser step. Their mean is over all terms of all micro-batches and processes."
@@ -1013,7 +1013,7 @@ def _collect_gradients(self: Trainer) -> None:
         if copy.grad is not None:
             p.grad, copy.grad = copy.grad.float(), None
 
-
+# %% ../nbs/03a_training.ipynb #f871e5eb
 @patch
 @torch.no_grad()
 def _refresh_copy(self: Trainer) -> None:
@@ -1125,7 +1125,7 @@ def _forget_old(self: Trainer) -> None:
                 shutil.rmtree(path)
                 shutil.rmtree(self.folder / "deepspeed" / path.name, ignore_errors=True)
 
-# %% ../nbs/03a_training.ipynb #7e41b945
+# %% ../nbs/03a_training.ipynb #3ad57610
 @patch
 def _states(self: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     "Weights and the optimiser's memory, whole, by name."
@@ -1148,7 +1148,7 @@ def sharded_states(
     named = memory.get("state", {}).items()
     return weights, {f"{what}:{name}": v for name, all_ in named for what, v in all_.items()}
 
-
+# %% ../nbs/03a_training.ipynb #5dcdcb5a
 def load_sharded_states(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -1299,7 +1299,7 @@ def _cut_logs(self: Trainer) -> None:
         with atomic_path(self.folder / name) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-# %% ../nbs/03a_training.ipynb #147da20f
+# %% ../nbs/03a_training.ipynb #3841fa0e
 @patch
 def run(self: Trainer) -> TrainResult:
     "All steps that are left."
@@ -1334,7 +1334,7 @@ def _save_model(self: Trainer, model: nn.Module) -> None:
         model.load_state_dict(weights)
     model.save_pretrained(self.folder / "model")
 
-
+# %% ../nbs/03a_training.ipynb #e062bc79
 @patch
 def _finish(self: Trainer) -> TrainResult:
     "The weights for use, and what there is to say."
@@ -1352,7 +1352,7 @@ def _finish(self: Trainer) -> TrainResult:
         self.folder, self.step, done, "" if done else self.stop, self.best, share, model.eval()
     )
 
-# %% ../nbs/03a_training.ipynb #0db9595d
+# %% ../nbs/03a_training.ipynb #b0b077d5
 @patch
 @contextmanager
 def _signals(self: Trainer) -> Iterator[None]:
@@ -1375,7 +1375,7 @@ def _signals(self: Trainer) -> Iterator[None]:
         for s in asked:
             signal.signal(s, before[s])
 
-
+# %% ../nbs/03a_training.ipynb #1633cad9
 @patch
 def _bar(self: Trainer) -> Any:
     "A progress bar: in a notebook, in a terminal, nowhere else."
@@ -1455,7 +1455,7 @@ def forget(self: Trainer) -> None:
             (self.folder / name).unlink(missing_ok=True)
     self.accelerator.wait_for_everyone()
 
-# %% ../nbs/03a_training.ipynb #bbaa5cf5
+# %% ../nbs/03a_training.ipynb #55429f76
 def train(
     config: DictConfig | Mapping,  # see `make_config`
     resume: bool = True,  # go on from the last checkpoint in the folder, if there is one
@@ -1482,7 +1482,7 @@ def train(
     trainer._open_folder()
     return trainer.run()
 
-
+# %% ../nbs/03a_training.ipynb #45e5f609
 @patch
 def _open_folder(self: Trainer) -> None:
     "Configuration, facts, and logs that end where the run goes on."
