@@ -2053,3 +2053,89 @@ def test_copies():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         same_model(other, model)
         assert torch.equal(other(clips(), **tube()).loss, expected.loss)
+
+
+# ---- what else users do
+
+
+def test_subclasses(tmp_path):
+    "With an argument of their own; the weights are read by either."
+
+    class Mine(MaskedAutoencoderViT):
+        def __init__(self, extra=1, **options):
+            super().__init__(**options)
+            self.extra = extra
+
+    torch.manual_seed(0)
+    model = Mine(extra=2, **TINY)
+    assert model.config == MaskedAutoencoderViT(**TINY).config
+    model.save_pretrained(tmp_path)
+    for cls in (Mine, MaskedAutoencoderViT):
+        found = cls.from_pretrained(tmp_path)
+        assert type(found) is cls
+        near(found(clips(), **tube()).loss, model.eval()(clips(), **tube()).loss, 0)
+    assert Mine.from_pretrained(tmp_path, extra=5).extra == 5
+
+
+def test_arguments_that_come_from_arrays(tmp_path):
+    "NumPy's numbers, sizes and OmegaConf's lists are saved as numbers and lists."
+    from omegaconf import OmegaConf
+
+    options = {"img_size": tuple(np.array([8, 12])), "depth": np.int64(2)}
+    options |= {"drop_path_rate": np.float32(0.5), "class_token": np.bool_(True), "patch_size": np.int64(4)}
+    model = make(**options)
+    model.save_pretrained(tmp_path)
+    same_model(MaskedAutoencoderViT.from_pretrained(tmp_path), model)
+    assert json.loads((tmp_path / "config.json").read_text())["img_size"] == [8, 12]
+    listed = OmegaConf.create({"img_size": [8, 12], "patch_size": [4, 4]})
+    assert (
+        make(img_size=listed.img_size, patch_size=listed.patch_size).config == make(patch_size=[4, 4]).config
+    )
+
+
+@pytest.mark.parametrize("decoding", ["attn", "cross", "crossreg"])
+@pytest.mark.parametrize("pos_embed", ["abs", "sep", "sincos"])
+def test_every_weight_learns(decoding, pos_embed):
+    "None without a gradient: DistributedDataParallel would stop at it."
+    model = make(decoding=decoding, pos_embed=pos_embed, reg_tokens=2)
+    model(clips(), **tube()).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.requires_grad == ("pos_embed" not in name or pos_embed != "sincos")
+        if p.requires_grad:
+            assert p.grad is not None, name
+            assert p.grad.abs().max() > 0 or name.endswith("attn.k.bias"), name
+
+
+def test_no_blocks():
+    "Patch embeddings alone are a baseline of the probes."
+    model = make(MaskedViT, depth=0, final_norm=False)
+    found = model.embed({"image": clips()})
+    embedded = model.patch_embed(model.grid.cut(clips())) + model.pos_embed.weight
+    near(found.patch, embedded, 1e-6)
+    assert make(depth=0)(clips()).loss.isfinite()
+    with pytest.raises(ValueError, match="decoder_depth from 1 up, found 0"):
+        make(decoder_depth=0)
+
+
+def test_edges_of_negative_width():
+    with pytest.raises(ValueError, match="pred_edge_pad from 0 up, found -1"):
+        make()(clips(), pred_edge_pad=-1)
+
+
+def test_masks_go_to_the_device_of_the_images():
+    "On a device without memory, since there may be no other."
+    grid, images = PatchGrid((4, 8, 12), (2, 4, 4)), torch.empty(2, 1, 4, 8, 12, device="meta")
+    for mask in (torch.ones(8, 12), torch.ones(2, 12), torch.ones(2, 1, 1, 8, 12)):
+        assert PatchMask.of(grid, mask, images=images).blocks.device == images.device
+    drawn = M._uniform((3, 4), torch.Generator().manual_seed(0), images.device)
+    assert drawn.device == images.device
+
+
+def test_samples_with_masks_of_their_own_are_embedded_as_many():
+    model = make()
+    inside = torch.ones(2, 8, 12)
+    inside[1, :4] = 0
+    found = model.embed({"image": clips(), "mask": inside})
+    assert found.patch.shape == (2, 6, 24)
+    alone = model.embed({"image": clips()[1:], "mask": inside[1:]})
+    near(found.patch[1:], alone.patch, 1e-6)
