@@ -199,7 +199,7 @@ def _train_parser(parser: argparse.ArgumentParser):
     add("--allow-changes", action="store_true", help="go on with a run although settings have changed")
     add("--overwrite", action="store_true", help="forget the run that is in the folder, begin anew")
 
-# %% ../nbs/A2_command_line.ipynb #95d77c36
+# %% ../nbs/A2_command_line.ipynb #40d2aa49
 def _of_model(add):
     "What the commands that run a model on recordings share."
     add("--family", default="mae", metavar="NAME", help="the model's family: fmri_book.recordings.FAMILIES")
@@ -217,7 +217,7 @@ def _of_model(add):
     add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (cuda where there is one, if left out)")
     add("--overwrite", action="store_true", help="replace what is there")
 
-
+# %% ../nbs/A2_command_line.ipynb #d0cd317a
 def _recording_commands(command):
     add = (
         embed := command("embed", _embed, "recordings through a model: numbers for each window; resumes")
@@ -495,7 +495,7 @@ def _fetch(asked) -> int:
     print(json.dumps([str(f) for f in files]) if asked.json else f"{len(files)} files in {folder}")
     return 0
 
-# %% ../nbs/A2_command_line.ipynb #4c602b16
+# %% ../nbs/A2_command_line.ipynb #960d46c8
 def _model_of(asked, predicts: bool) -> tuple[Any, dict[str, Any]]:
     "The model, and what the functions of chapter 3b take beside it."
     import torch
@@ -524,7 +524,7 @@ def _embed(asked) -> int:
         print(report)
     return report.exit_status
 
-
+# %% ../nbs/A2_command_line.ipynb #e6af671a
 def _reconstruct(asked) -> int:
     from fmri_book.recordings import check_ending, denoise_run, reconstruct_run
 
@@ -542,7 +542,7 @@ def _reconstruct(asked) -> int:
     _print_json(facts | {"out": str(asked.out)}) if asked.json else print(f"{asked.out}: {made}")
     return 0
 
-# %% ../nbs/A2_command_line.ipynb #0b42c655
+# %% ../nbs/A2_command_line.ipynb #5cbdeda7
 def _train(asked) -> int:
     from fmri_book.training import make_config, train
 
@@ -570,7 +570,7 @@ def _train(asked) -> int:
         print(f"fmri-book: stopped by {made.stopped}; the same command goes on", file=sys.stderr)
     return 0 if made.finished else 130
 
-# %% ../nbs/A2_command_line.ipynb #fef716d3
+# %% ../nbs/A2_command_line.ipynb #b42d5f1c
 def _status_of(error: BaseException) -> int:
     "2 if the call cannot be meant, 1 if something went wrong on the way."
     names = {c.__name__ for c in type(error).__mro__}
@@ -586,7 +586,7 @@ def _status_of(error: BaseException) -> int:
         return 2
     return 2 if isinstance(error, (ValueError, KeyError)) else 1
 
-
+# %% ../nbs/A2_command_line.ipynb #fc9a7776
 _IN_THE_SHELL = {
     "pass tr=… in seconds": "give it with --source-tr",
     "space=…": "--source-space",

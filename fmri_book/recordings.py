@@ -162,7 +162,7 @@ def recordings_at(
     ]
     return {s.key: s for s in found.sources}, wrong
 
-# %% ../nbs/03b_recordings.ipynb #859347c4
+# %% ../nbs/03b_recordings.ipynb #11688be3
 def _file_frames(
     source: Source, spec: Any, options: IngestOptions, carry: bool, match_original: bool
 ) -> Frames:
@@ -177,7 +177,7 @@ def _file_frames(
     notes = [d.reason for d in decisions if d.level == "note"]
     return _run_frames(run, spec, where, carry, match_original, notes)
 
-
+# %% ../nbs/03b_recordings.ipynb #6e1ef184
 def _store_frames(at: Stored, spec: Any, carry: bool, match_original: bool) -> Frames:
     "A run of a store: its own bytes, mapped and not copied, if they are what the model takes."
     store, i, row = at.store, at.row, at.store.index.iloc[at.row]
@@ -222,7 +222,7 @@ def _the_only(path: str | Path, spec: Any, options: IngestOptions, key: str | No
     choose = "; choose one with key=…" if key is None and found else ""
     raise ValueError(f"{path}: expected {wanted}, found {names or 'none'}{why}{choose}")
 
-# %% ../nbs/03b_recordings.ipynb #9723dded
+# %% ../nbs/03b_recordings.ipynb #f7d2e154
 def _digests(layout: Layout) -> set[str]:
     "The layout's digests, whatever the order in which its pixels are stored."
     if layout.mask is None:
@@ -259,7 +259,7 @@ def _as_asked(frames: Frames, spec: Any) -> Frames:
         raise ValueError(f"{frames.source}: expected maps of {spec.surface}, found {frames.layout.surface}")
     return frames
 
-# %% ../nbs/03b_recordings.ipynb #c37352e6
+# %% ../nbs/03b_recordings.ipynb #08e41d46
 def read_frames(
     recording: Run | Frames | Source | Stored | Store | str | Path | np.ndarray,  # arrays as (time, sites)
     spec: Any,  # an InputSpec: what it must become
@@ -299,7 +299,7 @@ def read_frames(
     check_layout(frames.layout, spec, layout, frames.source)
     return frames
 
-# %% ../nbs/03b_recordings.ipynb #e7a9e6c1
+# %% ../nbs/03b_recordings.ipynb #86ebc53e
 def window_starts(
     n_frames: int,  # of the recording, at the model's TR
     frames: int,  # of a window
@@ -351,7 +351,7 @@ class Windows:
         "When each window starts, in seconds from the first frame."
         return self.starts * self.frames.tr
 
-# %% ../nbs/03b_recordings.ipynb #4785e9f4
+# %% ../nbs/03b_recordings.ipynb #7024b200
 @patch
 def batches(
     self: Windows,
@@ -412,7 +412,7 @@ def open_windows(
     frames = read_frames(recording, spec, layout=getattr(model, "layout", None), **how)
     return Windows(frames, spec, window_starts(len(frames.packed), spec.frames, stride, frames.source))
 
-# %% ../nbs/03b_recordings.ipynb #9e76a450
+# %% ../nbs/03b_recordings.ipynb #e25a6d3f
 def _json_able(value: Any) -> Any:
     if is_dataclass(value):
         return asdict(value)
@@ -453,7 +453,7 @@ class Result:
             raise ValueError(f"{path}: expected a file of {cls.__name__}, found {kind or 'something else'}")
         return cls(**{f.name: arrays.get(f.name) for f in fields(cls) if f.name != "about"}, about=about)
 
-
+# %% ../nbs/03b_recordings.ipynb #02ed901e
 def check_ending(path: Path) -> None:
     "Results are .npz or .safetensors."
     if path.suffix not in (".npz", ".safetensors"):
@@ -482,7 +482,7 @@ def read_result(
     except Exception as error:
         raise ValueError(f"{path}: expected results that this book saved, found {error!r}") from error
 
-# %% ../nbs/03b_recordings.ipynb #c66dba78
+# %% ../nbs/03b_recordings.ipynb #29123c1f
 @dataclass
 class RunEmbeddings(Result):
     "What a model makes of a whole recording, window by window; float32."
@@ -577,7 +577,7 @@ def embed_run(
     tokens = (out.get(name) for name in ("cls", "reg", "patch"))
     return RunEmbeddings(*tokens, out["mean"], windows.seconds, fresh, _about(windows, model))
 
-# %% ../nbs/03b_recordings.ipynb #ed1fc9db
+# %% ../nbs/03b_recordings.ipynb #a1c39acc
 def _columns(
     images: Tensor,  # (B, C, T, …) as the model takes them
     windows: Windows,
@@ -713,7 +713,7 @@ class _R2:
             r2 = 1 - self.errors / spread
         return np.where((self.n > 1) & (spread > 1e-9), r2, np.nan).astype(np.float32)
 
-# %% ../nbs/03b_recordings.ipynb #aee07d74
+# %% ../nbs/03b_recordings.ipynb #b5e824d6
 class OnTheMap:
     "What results in columns share: their layout, and the way back to pictures."
 
@@ -845,7 +845,7 @@ class Welford:
         "Unbiased; NaN where fewer than 2 arrived."
         return torch.where(self.n > 1, (self.squares / (self.n - 1).clamp(min=1)).sqrt(), torch.nan)
 
-# %% ../nbs/03b_recordings.ipynb #d09f4c29
+# %% ../nbs/03b_recordings.ipynb #d6ca2fd4
 @dataclass(repr=False)
 class RunDenoising(OnTheMap, Result):
     "Predictions of a recording from many random masks. Columns in canonical order, values as the model takes them."
@@ -863,7 +863,7 @@ class RunDenoising(OnTheMap, Result):
     mask: np.ndarray | None  # (height, width) bool of flat maps
     about: dict = field(default_factory=dict)
 
-# %% ../nbs/03b_recordings.ipynb #68b320b9
+# %% ../nbs/03b_recordings.ipynb #e6fb199d
 def _many_masks(model, places, target, images, inside, at, kind, ratio, seed, samples) -> Welford:
     "Masks in pairs: what one of them shows, the other one hides. So `samples` masks hide everything samples / 2 times or more."
     total, visible = Welford(target), None
@@ -875,7 +875,7 @@ def _many_masks(model, places, target, images, inside, at, kind, ratio, seed, sa
         total.add(found.values, found.hidden)
     return total
 
-
+# %% ../nbs/03b_recordings.ipynb #5889b728
 def denoise_run(
     model: nn.Module,
     recording: Run | Source | Stored | Store | str | Path | np.ndarray,
@@ -1004,7 +1004,7 @@ def _plan(paths: Sequence[str | Path], spec: Any, options: IngestOptions) -> lis
             plan.append(_Planned("", str(path), None, [], "expected a recording, found none"))
     return plan
 
-# %% ../nbs/03b_recordings.ipynb #f3f2660f
+# %% ../nbs/03b_recordings.ipynb #f9ac49dc
 def _settle(out: Path, facts: dict, overwrite: bool) -> None:
     "A folder holds the embeddings of one model with one set of settings."
     known = out / "settings.json"
@@ -1033,7 +1033,7 @@ def _kept(path: Path, facts: dict, files: list) -> bool:
         return False
     return about.get("settings") == facts and about.get("files") == files and "starts" in arrays
 
-# %% ../nbs/03b_recordings.ipynb #fb251a7e
+# %% ../nbs/03b_recordings.ipynb #1f3f9c1d
 def embed_files(
     model: nn.Module,
     paths: Sequence[str | Path],  # files, folders of recordings, stores
@@ -1072,7 +1072,7 @@ def embed_files(
     _write_tables(out, rows, suffix)
     return EmbedReport(out, rows)
 
-# %% ../nbs/03b_recordings.ipynb #59a54427
+# %% ../nbs/03b_recordings.ipynb #7f9f50c2
 def _one(item: _Planned, path: Path, facts: dict, do: Callable[[], RunEmbeddings], overwrite: bool) -> dict:
     "One recording: kept, done or failed."
     start, row = (
@@ -1093,7 +1093,7 @@ def _one(item: _Planned, path: Path, facts: dict, do: Callable[[], RunEmbeddings
         row["reason"] = f"{type(error).__name__}: {error}"
     return row | {"seconds": round(time.time() - start, 2)}
 
-
+# %% ../nbs/03b_recordings.ipynb #c9e9c960
 def _write_tables(out: Path, rows: list[dict], suffix: str) -> None:
     "report.csv, and windows.parquet with the pooled embeddings of all recordings."
     import pandas as pd
