@@ -764,3 +764,105 @@ def test_importing_is_light():
         ).stdout.strip()
         == "[]"
     )
+
+
+# memory, and what is handed on
+
+
+def test_a_run_is_unpacked_a_batch_at_a_time(run):
+    model = Echo(flat_spec())
+    R.embed_run(model, run, batch_size=3, **QUIET)
+    assert [len(b["image"]) for b in model.batches] == [3, 3, 1]
+
+
+def test_denoising_forgets_every_prediction(people, monkeypatch):
+    import weakref
+
+    model, alive, most = small_mae(parcels_spec()), weakref.WeakSet(), []
+    predict = R._predict
+
+    class Held:
+        "Something that dies with a prediction."
+
+    def watched(*args):
+        found = predict(*args)
+        found.values.held = Held()
+        alive.add(found.values.held)
+        most.append(len(alive))
+        return found
+
+    monkeypatch.setattr(R, "_predict", watched)
+    R.denoise_run(model, people[0], 20, ratio=0.5, batch_size=50, **QUIET)
+    assert len(most) == 20 and max(most) <= 2  # the one just made, and the one before it
+
+
+def test_frames_that_were_read_before_serve_models_of_the_same_needs_only(people, run):
+    frames = R.read_frames(people[0], parcels_spec())
+    assert np.array_equal(
+        R.embed_run(Echo(parcels_spec()), frames, **QUIET).patch,
+        R.embed_run(Echo(parcels_spec()), people[0], **QUIET).patch,
+    )
+    with pytest.raises(
+        ValueError, match=r"expected frames of schaefer100 at a TR of 1 s, found schaefer100 at 1\.4 s"
+    ):
+        R.embed_run(Echo(parcels_spec(tr=1.0)), frames, **QUIET)
+    with pytest.raises(ValueError, match="expected frames of flat"):
+        R.embed_run(Echo(flat_spec()), frames, **QUIET)
+    flat = R.read_frames(run, flat_spec())
+    with pytest.raises(ValueError, match="expected maps of fsLR_32k, found fsaverage5"):
+        R.embed_run(Echo(flat_spec(surface="fsLR_32k")), flat, **QUIET)
+
+
+def test_the_layout_in_a_models_folder_is_what_recordings_are_compared_with(run, tmp_path):
+    mask = FlatMap.fsaverage5().mask.copy()
+    mask[:, :100] = False
+    model = small_mae(flat_spec())
+    model.layout = Layout.flat(mask, "fsaverage5")
+    loaded = R.load_model(model.save_pretrained(tmp_path / "m"))
+    assert isinstance(loaded, MaskedViT) and loaded.layout == model.layout
+    with pytest.raises(ValueError, match="expected the model's layout"):
+        R.embed_run(loaded, run, **QUIET)
+
+
+def test_a_digest_of_a_model_changes_with_any_weight_and_not_with_its_mode():
+    model = small_mae(parcels_spec())
+    before = R.digest_of(model)
+    assert before == R.digest_of(model.train()) == R.digest_of(small_mae(parcels_spec()))
+    with torch.no_grad():
+        model.decoder.head.bias[0] += 1e-6
+    assert R.digest_of(model) != before
+
+
+def test_interrupted_it_says_what_is_kept(bids, model_folder, tmp_path, monkeypatch, capsys):
+    save, saved = R.RunEmbeddings.save, []
+
+    def interrupt(self, path):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save(self, path))
+
+    monkeypatch.setattr(R.RunEmbeddings, "save", interrupt)
+    assert program("embed", model_folder, bids, "-o", tmp_path / "out") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert len(contents(tmp_path / "out")) == 1
+
+
+def test_a_folder_of_fmriprep_is_found_whole(run, tmp_path):
+    "A volume in MNI space, simulated, beside tables that are no recordings."
+    import nibabel as nib
+
+    func = tmp_path / "sub-01" / "func"
+    func.mkdir(parents=True)
+    affine = np.diag([4.0, 4, 4, 1])
+    affine[:3, 3] = -90, -126, -72
+    values = np.random.default_rng(0).normal(1000, 20, (46, 55, 46, 40)).astype(np.float32)
+    image = nib.Nifti1Image(values, affine)
+    image.header.set_zooms((4, 4, 4, 2.0))
+    image.header.set_xyzt_units("mm", "sec")
+    stem = "sub-01_task-rest_space-MNI152NLin6Asym_desc-preproc_bold"
+    nib.save(image, func / f"{stem}.nii.gz")
+    (func / f"{stem}.json").write_text('{"RepetitionTime": 2.0}')
+    (func / "sub-01_task-rest_desc-confounds_timeseries.tsv").write_text("a\n" + "1\n" * 40)
+    found = R.embed_run(Echo(parcels_spec(tr=1.0)), tmp_path, **QUIET)
+    assert found.about["subject"] == "01" and found.about["n_frames"] == 79
+    assert any("LAS" in n or "position" in n for n in found.about["notes"])
