@@ -322,9 +322,16 @@ def find_recipe(
         )
     return RECIPES[short]
 
-# %% ../nbs/03a_training.ipynb #74a8707e
-_PAPER = {"epochs": 100, "clips_per_epoch": 200_000, "warmup": 0.05, "precision": "fp16", "workers": 8}
-_GPU = {"steps": 3000, "batch_size": 64, "precision": "bf16", "workers": 8, "eval_every": 500}
+# %% ../nbs/03a_training.ipynb #2541b453
+_PAPER = {"epochs": 100, "clips_per_epoch": 200_000, "precision": "fp16", "workers": 8, "eval_clips": 2000}
+_GPU = {
+    "steps": 3000,
+    "batch_size": 64,
+    "precision": "bf16",
+    "workers": 8,
+    "eval_every": 500,
+    "eval_clips": 512,
+}
 _CI = {"steps": 60, "batch_size": 8, "eval_every": 30, "lr": 1e-3, "warmup": 0.1}
 
 
@@ -409,7 +416,7 @@ def _cache(self: MAERecipe) -> Path:
     name = "-".join(map(str, (data.train, *parts[data.train])))
     return Path(data.cache or Path(self.config.out) / "data") / name
 
-# %% ../nbs/03a_training.ipynb #dbeb6cb3
+# %% ../nbs/03a_training.ipynb #6cb692fe
 @patch
 def setup(self: MAERecipe, device: torch.device) -> nn.Module:
     "Opens the sources; the model's image size follows from them."
@@ -417,6 +424,7 @@ def setup(self: MAERecipe, device: torch.device) -> nn.Module:
 
     data = self.config.data
     self._open()
+    self.signal = None
     limits = dict(normalise=data.normalise, clip=data.clip, mask_from=data.mask_from)
     crop = None if data.crop is None else tuple(data.crop)
     layout = self.training.layout
@@ -546,7 +554,7 @@ def inputs(self: MAERecipe, batch: dict[str, Any], draw: Draw) -> dict[str, Any]
         "generator": draw.generator(1),
     }
 
-# %% ../nbs/03a_training.ipynb #d067e5ef
+# %% ../nbs/03a_training.ipynb #edb2bf43
 @patch
 def _visible(
     self: MAERecipe, inside: Tensor | None, chances: list[torch.Generator]
@@ -555,9 +563,13 @@ def _visible(
     from fmri_book.mae import PatchMask, random_masks
 
     mask, grid = self.config.mask, self.model.grid
-    signal = torch.ones(1, grid.n_patches, dtype=torch.bool)
-    if inside is not None:
+    fixed = self.config.data.mask_from == "layout" and self.decoder.crop is None
+    signal = self.signal if fixed else None  # the same in every batch: found once, then kept
+    if signal is None and inside is None:
+        signal = torch.ones(1, grid.n_patches, dtype=torch.bool)
+    elif signal is None:
         signal = PatchMask.of(grid, inside, "img_mask").patches().cpu()
+    self.signal = signal
     signal = signal.expand(len(chances), -1)
     options = dict(of=mask.of, block=mask.block)
     return torch.cat(
@@ -594,7 +606,7 @@ def figure(self: MAERecipe, output: Any, title: str) -> Figure:
 # %% ../nbs/03a_training.ipynb #b51252c2
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16-pure")
 
-# %% ../nbs/03a_training.ipynb #ddbd4552
+# %% ../nbs/03a_training.ipynb #f89c7f8a
 @dataclass(frozen=True)
 class Options:
     "What every recipe shares. The names are the keys of the configuration."
@@ -603,7 +615,7 @@ class Options:
     seed: int = 0
     steps: int | None = None  # optimiser steps; None: as many as the epochs have
     epochs: float = 1.0
-    clips_per_epoch: int | None = None  # of a stream, which has no end of its own
+    clips_per_epoch: int | None = None  # what counts as an epoch; None: all clips. A stream needs it
     batch_size: int = 32  # of one process in one forward pass
     accumulate: int = 1  # forward passes for one optimiser step
     base_lr: float = 1e-3  # for 256 clips a step
@@ -877,7 +889,7 @@ def read_checkpoint_file(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a file of a checkpoint, found one that cannot be read ({error})"
         ) from error
 
-# %% ../nbs/03a_training.ipynb #a1f161a5
+# %% ../nbs/03a_training.ipynb #f31048f0
 class Trainer:
     "A run: model, optimiser, data, and where it is. `train` makes one and runs it."
 
@@ -887,7 +899,7 @@ class Trainer:
         self.accelerator = _accelerator(self.options)
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
-        self.folder, self.step, self.best, self.stop = Path(self.options.out), 0, {}, ""
+        self.folder, self.step, self.best, self.stop, self.halt = Path(self.options.out), 0, {}, "", False
         self.seconds = {"data": 0.0, "step": 0.0}
         if self.main:
             self.recipe.prepare()
@@ -922,7 +934,7 @@ def _accelerator(options: Options):
         **track,
     )
 
-# %% ../nbs/03a_training.ipynb #4a769fdd
+# %% ../nbs/03a_training.ipynb #0ccc16c7
 @patch
 def _make_batches(self: Trainer) -> None:
     "The training data, and how many steps it makes."
@@ -935,11 +947,12 @@ def _make_batches(self: Trainer) -> None:
     )
     per_epoch = o.clips_per_epoch and o.clips_per_epoch // (self.world * o.batch_size)
     self.batches = Batches(loader, per_epoch, o.accumulate)
-    self.steps = o.steps or max(1, int(o.epochs * self.batches.per_epoch) // o.accumulate)
-    self.epoch_steps = max(1, self.batches.per_epoch // o.accumulate)
+    self.clips_a_step = o.batch_size * o.accumulate * self.world
+    clips = o.clips_per_epoch or self.batches.per_epoch * o.batch_size * self.world
+    self.steps = o.steps or max(1, int(o.epochs * clips) // self.clips_a_step)
+    self.epoch_steps = max(1, clips // self.clips_a_step)
     self.eval_every = o.eval_every or self.epoch_steps
     self.save_every = o.save_every or self.eval_every
-    self.clips_a_step = o.batch_size * o.accumulate * self.world
     self.peak = o.base_lr * self.clips_a_step / 256 if o.lr is None else o.lr
     self.eval_data = self.recipe.eval_data()
     if o.best is not None and o.best not in self.eval_data:
@@ -977,11 +990,11 @@ def _make_optimizer(self: Trainer) -> None:
     if o.ema is not None:
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
-# %% ../nbs/03a_training.ipynb #74cafd72
+# %% ../nbs/03a_training.ipynb #afab334d
 @patch
 def _forward_backward(self: Trainer) -> Tensor:  # loss × terms, terms; of this process
     "Gradients of one optimiser step. Their mean is over all terms of all micro-batches and processes."
-    sums, total, reference = torch.zeros(2, device=self.device, dtype=torch.float64), 0.0, None
+    sums, total, reference = self._zeros(), 0.0, None
     alone = self.world == 1 and self.options.accumulate == 1
     for micro in range(self.options.accumulate):
         begin = time.perf_counter()
@@ -998,12 +1011,19 @@ def _forward_backward(self: Trainer) -> Tensor:  # loss × terms, terms; of this
                 loss = loss * (terms / reference)
                 total = total + everywhere / reference / self.options.accumulate
             self.accelerator.backward(loss)
-        sums += torch.stack([output.loss.detach().double() * terms, terms.double()])
+        sums += torch.stack([output.loss.detach().to(sums) * terms, terms.to(sums)])
     if self.pure:
         self._collect_gradients()
     if self.options.accumulate > 1 and self.strategy != "DEEPSPEED":
         torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], total)
     return sums
+
+
+@patch
+def _zeros(self: Trainer) -> Tensor:
+    "For sums of loss and terms; Apple's GPUs have no double precision."
+    dtype = torch.float32 if self.device.type == "mps" else torch.float64
+    return torch.zeros(2, device=self.device, dtype=dtype)
 
 
 @patch
@@ -1020,7 +1040,7 @@ def _refresh_copy(self: Trainer) -> None:
     "The bfloat16 copy, from the float32 weights."
     torch._foreach_copy_(list(self.inner.parameters()), list(self.model.parameters()))
 
-# %% ../nbs/03a_training.ipynb #93a28bdd
+# %% ../nbs/03a_training.ipynb #1a13b505
 @patch
 def one_step(self: Trainer) -> dict[str, float]:  # the row of the log
     "Forward, backward, clip, update."
@@ -1042,7 +1062,10 @@ def one_step(self: Trainer) -> dict[str, float]:  # the row of the log
         self._refresh_copy()
     if self.ema is not None:
         self._average()
-    self.step, self.stop = self.step + 1, self.stop or ("another process" if stops else "")
+    self.step, self.halt = (
+        self.step + 1,
+        bool(stops),
+    )  # all processes agree: a signal may have reached only one
     took = time.perf_counter() - begin
     self.seconds["data"] += self.waited
     self.seconds["step"] += took
@@ -1050,7 +1073,7 @@ def one_step(self: Trainer) -> dict[str, float]:  # the row of the log
     row |= {"grad_norm": norm, "data_seconds": round(self.waited, 6), "step_seconds": round(took, 6)}
     return row | {"clips_per_second": round(self.clips_a_step / took, 3)}
 
-# %% ../nbs/03a_training.ipynb #a78d6179
+# %% ../nbs/03a_training.ipynb #6fac779e
 @patch
 def _not_finite(self: Trainer, loss: float, norm: float) -> NonFinite:
     "Saves the batch and says where it is."
@@ -1071,7 +1094,7 @@ def _not_finite(self: Trainer, loss: float, norm: float) -> NonFinite:
     runs = ", ".join(dict.fromkeys(words.get("key", [])))
     return NonFinite(
         f"step {self.step}: expected a finite loss and gradient, found loss {loss:g}, gradient norm {norm:g}{why}. "
-        f"The batch ({runs}) is saved in {path}; the weights before this step are in the last checkpoint"
+        f"The batch ({runs}) is saved in {path}; the last checkpoint is from before it"
     )
 
 
@@ -1233,7 +1256,7 @@ def _eval_loader(self: Trainer, data: Any) -> DataLoader:
         data, batch_sampler=batches, num_workers=o.workers, collate_fn=as_batch, generator=chance
     )
 
-# %% ../nbs/03a_training.ipynb #d1c70bda
+# %% ../nbs/03a_training.ipynb #8f181729
 @patch
 @torch.no_grad()
 def evaluate(self: Trainer) -> dict[str, float]:  # loss by set
@@ -1241,12 +1264,12 @@ def evaluate(self: Trainer) -> dict[str, float]:  # loss by set
     losses = {}
     with self._evaluated_weights():
         for number, (name, data) in enumerate(self.eval_data.items()):
-            sums = torch.zeros(2, device=self.device, dtype=torch.float64)
+            sums = self._zeros()
             for i, batch in enumerate(self._eval_loader(data)):
                 draw = Draw((self.options.seed, 2**32 + number), (i, self.rank))
                 output = (self.worker if self.sharded else self.inner)(**self.recipe.inputs(batch, draw))
-                terms = self.recipe.terms(output, batch).double()
-                sums += torch.stack([output.loss.double() * terms, terms])
+                terms = self.recipe.terms(output, batch).to(sums)
+                sums += torch.stack([output.loss.to(sums) * terms, terms])
                 if i == 0 and self.main:
                     self._save_figure(name, output)
             weighted, terms = self.accelerator.reduce(sums, "sum").tolist()
@@ -1299,7 +1322,7 @@ def _cut_logs(self: Trainer) -> None:
         with atomic_path(self.folder / name) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-# %% ../nbs/03a_training.ipynb #3841fa0e
+# %% ../nbs/03a_training.ipynb #bfe07e65
 @patch
 def run(self: Trainer) -> TrainResult:
     "All steps that are left."
@@ -1315,9 +1338,11 @@ def run(self: Trainer) -> TrainResult:
             last, before = self.step == self.steps, self.best
             if self.step % self.eval_every == 0 or last:
                 self.evaluate_and_note()
-            if self.step % self.save_every == 0 or last or self.stop or self.best != before:
+            halt = self.halt or (self.world == 1 and bool(self.stop))
+            if self.step % self.save_every == 0 or last or halt or self.best != before:
                 self.save()
-            if self.stop:
+            if halt:
+                self.stop = self.stop or "a signal to another process"
                 break
     return self._finish()
 

@@ -384,8 +384,9 @@ def interrupt_after(monkeypatch, recipe, calls):
     original, seen = recipe.inputs, []
 
     def inputs(self, batch, draw):
-        seen.extend([draw] * (len(draw.place) == 3))  # of training, not of evaluation
-        if seen and len(seen) == calls:
+        training = len(draw.place) == 3  # not an evaluation
+        seen.extend([draw] * training)
+        if training and len(seen) == calls:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch, draw)
 
@@ -680,7 +681,8 @@ def in_two_processes(code):
 
 
 def test_two_processes_have_the_gradients_of_one(toy, small, tmp_path):
-    "Terms that differ between clips, processes and micro-batches; and the masked autoencoder; then whole runs."
+    """Terms that differ between clips, processes and micro-batches; and the masked autoencoder; then whole runs.
+    At the end, in the same two processes: weights spread over them (FSDP2) are saved and loaded as named tensors."""
     from omegaconf import OmegaConf
 
     halves = {}
@@ -700,35 +702,12 @@ for name, file in {halves!r}.items():
     save_file({{n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}},
               f"{tmp_path}/{{name}}_{{trainer.rank}}.safetensors")
     T.train(T.make_config(name, "ci", file))
-"""
-    )
-    for name, make in (("toy", toy), ("mae", small)):
-        config = make(f"one_{name}", batch_size=8)
-        expected, _ = gradients(config)
-        for rank in (0, 1):
-            found = load_file(tmp_path / f"{name}_{rank}.safetensors")
-            assert found.keys() == expected.keys()
-            for key, g in expected.items():
-                assert torch.allclose(found[key], g, rtol=1e-4, atol=1e-7), (name, rank, key)
-        one = T.train(config)
-        two = T.TrainResult(tmp_path / f"two_{name}", 0, True)
-        assert np.allclose(losses(two), losses(one), rtol=1e-4), name
-        pairs = zip(two.evaluations, one.evaluations, strict=True)
-        assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-3) for a, b in pairs), name
-    with pytest.raises(ValueError, match="world"):
-        T.train(toy("two_toy", batch_size=2, accumulate=2, steps=14), allow_changes=True)
 
-
-def test_weights_spread_over_processes_are_saved_and_loaded(tmp_path):
-    "FSDP2 on the CPU: gathered to named tensors as those of one process, and back."
-    in_two_processes(
-        f"""
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
 from fmri_book import training as T
-dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
 def make(seed, sharded):
     torch.manual_seed(seed)
@@ -758,6 +737,21 @@ for s in range(3, 6):
 dist.destroy_process_group()
 """
     )
+    for name, make in (("toy", toy), ("mae", small)):
+        config = make(f"one_{name}", batch_size=8)
+        expected, _ = gradients(config)
+        for rank in (0, 1):
+            found = load_file(tmp_path / f"{name}_{rank}.safetensors")
+            assert found.keys() == expected.keys()
+            for key, g in expected.items():
+                assert torch.allclose(found[key], g, rtol=1e-4, atol=1e-7), (name, rank, key)
+        one = T.train(config)
+        two = T.TrainResult(tmp_path / f"two_{name}", 0, True)
+        assert np.allclose(losses(two), losses(one), rtol=1e-4), name
+        pairs = zip(two.evaluations, one.evaluations, strict=True)
+        assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-3) for a, b in pairs), name
+    with pytest.raises(ValueError, match="world"):
+        T.train(toy("two_toy", batch_size=2, accumulate=2, steps=14), allow_changes=True)
 
 
 # --------------------------------------------------------------------------------------------------- the command line
