@@ -175,8 +175,10 @@ def test_checkpoints_of_the_published_code(space, published, tmp_path):
     image, patch = SPACES[space]
     args = {"img_size": list(image), "patch_size": patch if isinstance(patch, int) else list(patch)}
     args |= {"num_frames": 4, "t_patch_size": 2, "in_chans": 1}
-    options = {"pos_embed": "sep", "t_pred_stride": 2, "no_embed_class": True, "decoder_depth": 4}
-    options |= {"head_init_scale": 0.0, "no_decode_pos": True, "target_norm": None}
+    options = {"decoding": "attn", "pos_embed": "sep", "target_norm": None, "pca_norm_nc": 2}
+    options |= {"t_pred_stride": 2, "no_decode_pos": True, "mask_drop_scale": False, "pred_edge_pad": 0}
+    options |= {"gauss_sigma": None, "class_token": True, "reg_tokens": 0, "no_embed_class": True}
+    options |= {"head_init_scale": 0.0, "decoder_depth": 4, "drop_path_rate": 0.0}
     torch.manual_seed(0)
     theirs = published.mae_vit_d3(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}, **options
@@ -1906,6 +1908,10 @@ class Evil:
         ),
         ({"args": {}, "model": {"epoch": 3}}, "args and model as names with values and with tensors"),
         (
+            {"args": {"model": "mae_vit_d3", "model_kwargs": {"rope": 1}, "patch_size": 16}, "model": {}},
+            "expected model_kwargs of a MaskedAutoencoderViT, found also rope",
+        ),
+        (
             {"args": {"model": "mae_vit_d3", "input_space": "moon"}, "model": {}},
             "expected img_size and patch_size in args, or an input_space from flat, .*, found 'moon'",
         ),
@@ -2014,17 +2020,19 @@ def test_input_spec_as_text():
 # ---- attention in bfloat16 on the CPU
 
 
-def test_attention_head_by_head_and_its_gradient():
-    x = [torch.randn(2, n, 3, dtype=torch.float64, requires_grad=True) for n in (4, 6, 6)]
-    assert torch.autograd.gradcheck(M.HeadByHead.apply, x)
-    q, k, v = x
-    near(M.HeadByHead.apply(*x), torch.softmax(q @ k.mT, -1) @ v, 1e-12)
+@pytest.mark.parametrize("n", [6, 4])
+def test_attention_head_by_head_and_its_gradient(n):
+    "Keys from the n-th on are filling: nobody listens to them."
+    q, k, v = x = [torch.randn(2, m, 3, dtype=torch.float64, requires_grad=True) for m in (4, 6, 6)]
+    assert torch.autograd.gradcheck(lambda *inputs: M.HeadByHead.apply(*inputs, n), x)
+    near(M.HeadByHead.apply(*x, n), torch.softmax(q @ k[:, :n].mT, -1) @ v[:, :n], 1e-12)
 
 
-def test_attention_in_bfloat16_is_as_exact_as_torch():
+@pytest.mark.parametrize("keys", [513, 600, 640])
+def test_attention_in_bfloat16_is_as_exact_as_torch(keys):
     "Within a factor of three of the error of torch's own, against float64; with queries fewer than keys."
     torch.manual_seed(0)
-    x = [torch.randn(2, 3, n, 16, dtype=torch.float64) * 1.5 for n in (200, 600, 600)]
+    x = [torch.randn(2, 3, n, 16, dtype=torch.float64) * 1.5 for n in (200, keys, keys)]
     wave = torch.sin(torch.arange(2 * 3 * 200 * 16.0)).view(2, 3, 200, 16)
 
     def numbers(attend, dtype):
@@ -2139,3 +2147,59 @@ def test_samples_with_masks_of_their_own_are_embedded_as_many():
     assert found.patch.shape == (2, 6, 24)
     alone = model.embed({"image": clips()[1:], "mask": inside[1:]})
     near(found.patch[1:], alone.patch, 1e-6)
+
+
+def test_the_ratio_counts_the_background():
+    "Of all 12 patches, as published: with signal in 5, a ratio of a half hides none of them, one of 0.75 hides 2."
+    model = make()
+    signal = torch.zeros(1, 12)
+    signal[:, [1, 3, 4, 8, 10]] = 1
+    for ratio, n in ((0.5, 5), (0.6, 4), (0.75, 3), (0.9, 1)):
+        ids = model.encoder(clips(), signal, ratio).ids
+        assert ids.shape == (2, n)
+        assert set(ids.flatten().tolist()) <= {1, 3, 4, 8, 10}
+    with pytest.raises(ValueError, match="a hidden and predictable patch in every sample, found none"):
+        model(clips(), signal, mask_ratio=0.5)
+    out = model(clips(), signal, mask_ratio=0.75)
+    assert out.pred_ids.shape == (2, 2)
+
+
+def test_import_is_light():
+    "Models are used where scans are not: none of the packages that read or draw them, nor the larger ones."
+    import subprocess
+    import sys
+
+    heavy = (
+        "nilearn nibabel cortex plotly webdataset datasets matplotlib accelerate omegaconf timm transformers"
+    )
+    script = f"import sys, fmri_book.mae; print(*(set({heavy.split()}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_masks_that_change_in_time_on_the_frames_that_are_predicted(stride):
+    model = make(num_frames=8, t_patch_size=4, t_pred_stride=stride)
+    x = clips(shape=(1, 8, 8, 12))
+    inside = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    visible = torch.zeros(2, 1, 1, 8, 12)
+    visible[..., :4] = 1
+    out = model(x, inside, visible, mask_ratio=None)
+    dense = cut_by_einops(model.pred_grid, (inside & (visible == 0)).float())
+    shown = dense.gather(1, out.pred_ids[..., None].expand(-1, -1, dense.shape[-1]))
+    target = model.pred_grid.take(x, out.pred_ids)
+    near(out.loss, ((out.preds - target) ** 2 * shown).sum() / shown.sum())
+    assert out.n_pixels == shown.sum()
+    norm = M.TargetNorm("frame", model.pred_grid)
+    found = norm(x, M._strided(PatchMask.of(model.grid, inside), model.pred_grid))[0]
+    counts = cut_by_einops(model.pred_grid, inside.float())
+    assert torch.equal(found != 0, counts > 0)
+
+
+def test_targets_are_float32_also_under_autocast():
+    norm = M.TargetNorm("pca", PatchGrid((4, 8, 12), (2, 4, 4)))
+    norm.fit(clips(6))
+    exact = norm(clips())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(clips())
+    assert all(map(torch.equal, found, exact))
