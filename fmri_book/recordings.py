@@ -1033,7 +1033,7 @@ def _kept(path: Path, facts: dict, files: list) -> bool:
         return False
     return about.get("settings") == facts and about.get("files") == files and "starts" in arrays
 
-# %% ../nbs/03b_recordings.ipynb #1f3f9c1d
+# %% ../nbs/03b_recordings.ipynb #b6361b8c
 def embed_files(
     model: nn.Module,
     paths: Sequence[str | Path],  # files, folders of recordings, stores
@@ -1069,7 +1069,7 @@ def embed_files(
             patches=patches, spec=spec, progress=False, options=options, **how,
         )  # fmt: skip
         rows.append(_one(item, out / f"{item.key}{suffix}", facts, do, overwrite))
-    _write_tables(out, rows, suffix)
+    _write_tables(out, rows, suffix, facts)
     return EmbedReport(out, rows)
 
 # %% ../nbs/03b_recordings.ipynb #7f9f50c2
@@ -1093,23 +1093,28 @@ def _one(item: _Planned, path: Path, facts: dict, do: Callable[[], RunEmbeddings
         row["reason"] = f"{type(error).__name__}: {error}"
     return row | {"seconds": round(time.time() - start, 2)}
 
-# %% ../nbs/03b_recordings.ipynb #c9e9c960
-def _write_tables(out: Path, rows: list[dict], suffix: str) -> None:
-    "report.csv, and windows.parquet with the pooled embeddings of all recordings."
+# %% ../nbs/03b_recordings.ipynb #2c6791e4
+def _write_tables(out: Path, rows: list[dict], suffix: str, facts: dict) -> None:
+    "report.csv of this call, and windows.parquet with the pooled embeddings of all recordings in the folder."
     import pandas as pd
 
     tables = []
-    for row in rows:
-        if row["status"] != "failed":
-            arrays, about = read_result(
-                out / f"{row['key']}{suffix}", ["cls", "reg", "mean", "starts", "fresh"]
+    for path in sorted(out.glob(f"sub-*{suffix}")):
+        try:
+            arrays, about = read_result(path, ["cls", "reg", "mean", "starts", "fresh"])
+        except ValueError as error:  # torn since; it is made anew when its recording is asked for
+            rows.append(
+                dict(key="", source=str(path), status="failed", windows=0, seconds=0.0, reason=str(error))
             )
+            continue
+        if about.get("settings") == facts:
             tables.append(
                 RunEmbeddings(patch=None, about=about, **{"cls": None, "reg": None} | arrays).table()
             )
     with atomic_path(out / "report.csv") as temporary:
         columns = ["key", "status", "windows", "seconds", "reason", "source"]
         pd.DataFrame(rows, columns=columns).to_csv(temporary, index=False)
+    (out / "windows.parquet").unlink(missing_ok=True)
     if tables:
         with atomic_path(out / "windows.parquet") as temporary:
             pd.concat(tables, ignore_index=True).to_parquet(temporary)
