@@ -641,8 +641,8 @@ def test_two_recordings_of_one_name_and_paths_without_any(some, tmp_path):
     assert pd.read_parquet(tmp_path / "o" / "windows.parquet")["key"].nunique() == 2
     assert len(pd.read_csv(tmp_path / "o" / "report.csv")) == 1
     (tmp_path / "o" / "sub-torn.npz").write_bytes(b"PK")
-    report = R.embed_files(model, [paths[2]], tmp_path / "o", **QUIET)
-    assert report.counts == {"kept": 1, "failed": 1} and "sub-torn" in str(report)
+    torn = R.embed_files(model, [paths[2]], tmp_path / "o", **QUIET)
+    assert torn.counts == {"kept": 1, "failed": 1} and "sub-torn" in str(torn)
     assert "found nothing at" in report.rows[3]["reason"]
 
 
