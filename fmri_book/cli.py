@@ -635,14 +635,18 @@ def _stopped(asked) -> int:
 def _interrupted(*_) -> NoReturn:
     raise KeyboardInterrupt
 
-# %% ../nbs/A2_command_line.ipynb #1cc66bd8
+# %% ../nbs/A2_command_line.ipynb #4b57ad31
 def main(
     arguments: Sequence[str] | None = None,  # default: those of the command line
 ) -> int:  # the exit status
     "The program."
     import signal, threading
 
-    asked = (parser := _parser()).parse_args(arguments)
+    asked, rest = (parser := _parser()).parse_known_args(arguments)
+    if rest and (asked.command != "train" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # settings after an option, which argparse does not join with those before
+        asked.changes += rest
     if asked.version:
         print(f"fmri-book {__import__('fmri_book').__version__}")
         return 0

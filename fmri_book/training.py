@@ -322,7 +322,7 @@ def find_recipe(
         )
     return RECIPES[short]
 
-# %% ../nbs/03a_training.ipynb #2541b453
+# %% ../nbs/03a_training.ipynb #eff44a1b
 _PAPER = {"epochs": 100, "clips_per_epoch": 200_000, "precision": "fp16", "workers": 8, "eval_clips": 2000}
 _GPU = {
     "steps": 3000,
@@ -343,7 +343,7 @@ def _model_keys() -> dict[str, None]:
     fixed = {"self", "img_size", "in_chans", "num_frames"}
     return dict.fromkeys(n for n in inspect.signature(MaskedAutoencoderViT).parameters if n not in fixed)
 
-
+# %% ../nbs/03a_training.ipynb #e7c6679a
 @recipe("mae")
 class MAERecipe(Recipe):
     "Masked autoencoders of flat maps, parcels and volumes."
@@ -496,7 +496,7 @@ def _open(self: MAERecipe) -> None:
                 f"mae: expected evaluation set {name!r} on the training's layout {self.training.layout}, found {clips.layout}"
             )
 
-# %% ../nbs/03a_training.ipynb #1e5e2be1
+# %% ../nbs/03a_training.ipynb #141454a9
 def _source(path: str | Path) -> Any:
     "A store, local shards with an index, or the names of shards that can only be streamed."
     from fmri_book.formats import ShardIndex, detect, expand_urls, open_source
@@ -990,7 +990,7 @@ def _make_optimizer(self: Trainer) -> None:
     if o.ema is not None:
         self.ema = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
-# %% ../nbs/03a_training.ipynb #afab334d
+# %% ../nbs/03a_training.ipynb #92a951a8
 @patch
 def _forward_backward(self: Trainer) -> Tensor:  # loss × terms, terms; of this process
     "Gradients of one optimiser step. Their mean is over all terms of all micro-batches and processes."
@@ -1018,7 +1018,7 @@ def _forward_backward(self: Trainer) -> Tensor:  # loss × terms, terms; of this
         torch._foreach_div_([p.grad for p in self.model.parameters() if p.grad is not None], total)
     return sums
 
-
+# %% ../nbs/03a_training.ipynb #76b69ec3
 @patch
 def _zeros(self: Trainer) -> Tensor:
     "For sums of loss and terms; Apple's GPUs have no double precision."
@@ -1040,7 +1040,7 @@ def _refresh_copy(self: Trainer) -> None:
     "The bfloat16 copy, from the float32 weights."
     torch._foreach_copy_(list(self.inner.parameters()), list(self.model.parameters()))
 
-# %% ../nbs/03a_training.ipynb #1a13b505
+# %% ../nbs/03a_training.ipynb #06e95976
 @patch
 def one_step(self: Trainer) -> dict[str, float]:  # the row of the log
     "Forward, backward, clip, update."
@@ -1171,7 +1171,7 @@ def sharded_states(
     named = memory.get("state", {}).items()
     return weights, {f"{what}:{name}": v for name, all_ in named for what, v in all_.items()}
 
-# %% ../nbs/03a_training.ipynb #5dcdcb5a
+# %% ../nbs/03a_training.ipynb #6585192a
 def load_sharded_states(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,

@@ -789,6 +789,15 @@ def test_command_line_runs_resumes_and_refuses(store, tmp_path, capsys, monkeypa
         assert told["finished"] and told["step"] == 6 and told["best"]["set"] == "held out"
         assert cli.main([*same_, "lr=0.5", "--out", str(tmp_path / "a")]) == 2
         assert "lr was 0.001, is 0.5" in (err := capsys.readouterr().err) and "--allow-changes" in err
+        mixed = ["train", "mae", "lr=0.5", "--preset", "gpu", "mask.ratio=0.8", "--show", "model.depth=3"]
+        assert cli.main(mixed) == 0  # settings before, between and after options
+        shown = capsys.readouterr().out
+        assert (
+            "lr: 0.5" in shown and "ratio: 0.8" in shown and "depth: 3" in shown and "batch_size: 64" in shown
+        )
+        with pytest.raises(SystemExit):
+            cli.main(["train", "mae", "--no-such-option"])
+        assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
         assert cli.main(["train", "mae", "stepz=4"]) == 2 and "steps" in capsys.readouterr().err
         assert cli.main(["train", "mae", "--preset", "paper", "--show"]) == 0
         assert "mae_vit_base" in capsys.readouterr().out
