@@ -85,7 +85,7 @@ def n_values(self: PatchGrid) -> int:
     "In one patch: channels × frames × rows × columns."
     return math.prod(self.inner)
 
-# %% ../nbs/03_mae.ipynb #d4c07624
+# %% ../nbs/03_mae.ipynb #0161c07e
 @patch
 def blocks(
     self: PatchGrid,
@@ -145,7 +145,7 @@ def paste(
         x = x.repeat_interleave(self.stride, 5)
     return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(x), self.channels, *self.image)
 
-# %% ../nbs/03_mae.ipynb #87fbde66
+# %% ../nbs/03_mae.ipynb #5a9c5e22
 @dataclass(frozen=True)
 class PatchMask:
     "Which values of each patch count. An axis along which nothing changes has length 1, so a mask is never as large as the images."
@@ -206,7 +206,7 @@ def _broadcastable(grid: PatchGrid, mask: Tensor, name: str) -> Tensor:
         )
     return x
 
-# %% ../nbs/03_mae.ipynb #25083131
+# %% ../nbs/03_mae.ipynb #2a25cf6e
 @patch
 def patches(self: PatchMask) -> Tensor:  # (B, patches) bool
     "The patches in which anything counts."
@@ -239,7 +239,7 @@ def image(self: PatchMask, batch: int) -> Tensor:  # (B, C, …) bool
     grid = self.grid
     return grid.paste(self.blocks.expand(batch, *grid.shape, *grid.inner).flatten(4).flatten(1, 3))
 
-# %% ../nbs/03_mae.ipynb #862bfbbc
+# %% ../nbs/03_mae.ipynb #95cd4b30
 def choose_patches(
     candidates: Tensor,  # (B, patches) bool
     limit: int | None = None,  # at most so many of each sample
@@ -276,7 +276,7 @@ def _n_kept(mask_ratio: float, n: int) -> int:
         raise ValueError(f"mae: expected a mask ratio from 0 to below 1, found {mask_ratio}")
     return int((1 - mask_ratio) * n)
 
-# %% ../nbs/03_mae.ipynb #7772a091
+# %% ../nbs/03_mae.ipynb #a6109cac
 MASKINGS = ("random", "tube", "block")
 
 
@@ -333,7 +333,7 @@ def _block_noise(
     noise = _uniform((batch, *shape), generator, device)
     return (value[sample, at[0][:, :, None], at[1][:, None]] + 1e-3 * noise).flatten(1)
 
-# %% ../nbs/03_mae.ipynb #60648968
+# %% ../nbs/03_mae.ipynb #334c5343
 def sincos(
     positions: np.ndarray,  # (n,)
     width: int,  # columns, even
@@ -356,7 +356,7 @@ def sincos_grid(
     where = np.meshgrid(*(np.arange(n, dtype=float) for n in shape), indexing="ij")
     return np.concatenate([sincos(axis.ravel(), share) for axis in where], 1)[:, :width]
 
-# %% ../nbs/03_mae.ipynb #387e7ba7
+# %% ../nbs/03_mae.ipynb #64819e4c
 class Positions(nn.Module):
     "A vector for each patch: free (abs), time + space (sep), or fixed sines and cosines (sincos)."
 
@@ -422,7 +422,7 @@ def _shares(q: Tensor, k: Tensor, n: int, out: Tensor) -> Tensor:  # (L, d), (M,
     torch.mm(q, k.T, out=out)[:, n:] = -torch.inf
     return torch.softmax(out, -1, out=out)
 
-# %% ../nbs/03_mae.ipynb #14316e41
+# %% ../nbs/03_mae.ipynb #f8c2454a
 def attend(
     q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:  # (B, heads, L, d), (B, heads, M, d) twice -> (B, heads, L, d)
@@ -435,7 +435,7 @@ def attend(
     out = HeadByHead.apply(even(q * q.shape[-1] ** -0.5), even(k), even(v), k.shape[2])
     return out.unflatten(0, q.shape[:2])[:, :, : q.shape[2]]
 
-# %% ../nbs/03_mae.ipynb #abd92832
+# %% ../nbs/03_mae.ipynb #484940ed
 class Attention(nn.Module):
     "Every token of x asks, every token of the context answers."
 
@@ -489,7 +489,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
-# %% ../nbs/03_mae.ipynb #c01d766e
+# %% ../nbs/03_mae.ipynb #d3901f1c
 class Block(nn.Module):
     "Attention and MLP, each on normalised tokens and added to what comes in."
 
@@ -536,7 +536,7 @@ class Encoded(NamedTuple):
     ids: Tensor | None  # (B, K) visible patches; None: all, in order
     mask: PatchMask | None  # the pixels that were seen
 
-# %% ../nbs/03_mae.ipynb #f7088438
+# %% ../nbs/03_mae.ipynb #b58d61aa
 def _image_and_patch(
     img_size, patch_size, num_frames, t_patch_size
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -607,7 +607,7 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     return value.item() if isinstance(value, np.generic) else value
 
-# %% ../nbs/03_mae.ipynb #ef0e44b9
+# %% ../nbs/03_mae.ipynb #cd6cfaff
 @patch
 def _build(self: MaskedViT, a: SimpleNamespace) -> None:
     "Makes what the arguments describe."
@@ -627,7 +627,7 @@ def _build(self: MaskedViT, a: SimpleNamespace) -> None:
     self.norm = nn.LayerNorm(a.embed_dim, eps=1e-6) if a.final_norm else nn.Identity()
     _initialise(self)
 
-# %% ../nbs/03_mae.ipynb #fbf0e4cf
+# %% ../nbs/03_mae.ipynb #b47331a0
 @patch
 def _prefix(self: MaskedViT, batch: int) -> list[Tensor]:
     "Class token and registers."
@@ -654,7 +654,7 @@ def _visible(
     limit = None if mask_ratio is None else _n_kept(mask_ratio, n)
     return choose_patches(there.expand(batch, -1), limit, shuffle=limit is not None, generator=generator)
 
-# %% ../nbs/03_mae.ipynb #4bcb8aa3
+# %% ../nbs/03_mae.ipynb #b2fc5b35
 @patch
 def forward(
     self: MaskedViT,
@@ -748,7 +748,7 @@ def forward(
     x = last(x, first=x.shape[1] - queries.shape[1])  # nobody reads the rest any more
     return self.head(self.norm(x))
 
-# %% ../nbs/03_mae.ipynb #08215b36
+# %% ../nbs/03_mae.ipynb #7a72eb94
 TARGET_NORMS = ("global", "frame", "patch", "pca")
 
 
@@ -802,7 +802,7 @@ def forward(
     y = (x - mean) / sd if m is None else m * (x - mean) / sd
     return y.flatten(1, 2), mean.expand_as(x).flatten(1, 2), sd.expand_as(x).flatten(1, 2)
 
-# %% ../nbs/03_mae.ipynb #99e3b071
+# %% ../nbs/03_mae.ipynb #6934a7f5
 @patch
 def _caricature(self: TargetNorm, images: Tensor, mask: PatchMask | None) -> tuple[Tensor, Tensor, Tensor]:
     "What the components leave of each frame, of mean 0 and SD 1."
@@ -882,7 +882,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.input_spec, self.layout, self.cubes = None, None, None  # as in `MaskedViT`
         self._build(SimpleNamespace(**self.config))
 
-# %% ../nbs/03_mae.ipynb #e9b88a6d
+# %% ../nbs/03_mae.ipynb #0afad18d
 @patch(as_prop=True)
 def grid(self: MaskedAutoencoderViT) -> PatchGrid:
     "How the input is cut into patches."
@@ -925,7 +925,7 @@ def _check_arguments(a: SimpleNamespace, image: tuple[int, ...]) -> None:
     if a.t_pred_stride > 1 and len(image) == 2:
         raise ValueError(f"mae: expected videos for t_pred_stride {a.t_pred_stride}, found images of {image}")
 
-# %% ../nbs/03_mae.ipynb #a32b7af3
+# %% ../nbs/03_mae.ipynb #b552463c
 @dataclass
 class MAEOutput:
     "Loss, predictions and what they belong to. Image-sized things are made when they are asked for."
@@ -983,7 +983,7 @@ def _kept(grid: PatchGrid, seen: PatchMask | None, ids: Tensor | None, images: T
         full = torch.zeros_like(full.expand(len(ids), -1)).scatter(1, ids, True)
     return PatchMask(grid, full.unflatten(1, grid.shape)[(..., *[None] * 4)]) & seen
 
-# %% ../nbs/03_mae.ipynb #07866083
+# %% ../nbs/03_mae.ipynb #104f8b70
 @patch
 def _hidden(
     self: MaskedAutoencoderViT,
@@ -1017,7 +1017,7 @@ def _strided(mask: PatchMask, grid: PatchGrid) -> PatchMask:
     blocks = mask.blocks if mask.blocks.shape[5] == 1 else mask.blocks[:, :, :, :, :, :: grid.stride]
     return PatchMask(grid, blocks)
 
-# %% ../nbs/03_mae.ipynb #84e49f73
+# %% ../nbs/03_mae.ipynb #f21ebc25
 @patch
 def forward(
     self: MaskedAutoencoderViT,
@@ -1058,7 +1058,7 @@ def forward(
         loss, preds, pred_ids, encoded.ids, encoded.embeddings, n, images, targets, grids, masks, scale
     )
 
-# %% ../nbs/03_mae.ipynb #996d1957
+# %% ../nbs/03_mae.ipynb #bb68e8b3
 @patch
 def _noisy(
     self: MaskedAutoencoderViT, images: Tensor, inside: PatchMask | None, generator: torch.Generator | None
@@ -1072,7 +1072,7 @@ def _noisy(
     noisy = (1 - share) * images + share * noise
     return noisy if inside is None else noisy * inside.image(len(images))
 
-# %% ../nbs/03_mae.ipynb #36953797
+# %% ../nbs/03_mae.ipynb #7cbf0108
 @patch
 def _decode(self: MaskedAutoencoderViT, encoded: Encoded, pred_ids: Tensor) -> Tensor:
     "(B, Q, values)"
@@ -1097,7 +1097,7 @@ def _targets(
     y, shift, divisor = self.target_norm(targets, inside)
     return y.gather(1, pred_ids[..., None].expand(-1, -1, y.shape[-1])), (shift, divisor)
 
-# %% ../nbs/03_mae.ipynb #80d4a9f6
+# %% ../nbs/03_mae.ipynb #07d0508e
 def as_images(
     batch: dict[str, Any],  # of a `ClipDecoder`: image, signal or volume, and mask
     cubes: Cubes | None = None,  # how volumes are cut
@@ -1129,7 +1129,7 @@ def embed(self: MaskedViT | MaskedAutoencoderViT, batch: dict[str, Any]) -> Embe
     images, mask = as_images(batch, self.cubes)
     return getattr(self, "encoder", self)(images, mask).embeddings
 
-# %% ../nbs/03_mae.ipynb #a983f61c
+# %% ../nbs/03_mae.ipynb #94b72882
 class Cubes(nn.Module):
     "A volume as a row of cubes, those that hold enough of the mask: sparse, and as easy to patch as a picture."
 
@@ -1164,7 +1164,7 @@ class Cubes(nn.Module):
         self.register_buffer("inside", inside, persistent=False)  # (cubes, voxels)
         self.register_buffer("number", number, persistent=False)
 
-# %% ../nbs/03_mae.ipynb #077e2970
+# %% ../nbs/03_mae.ipynb #d08c2b10
 @patch
 def cut(self: Cubes, volumes: Tensor) -> Tensor:  # (B, 1, T, X, Y, Z) -> (B, 1, T, cubes, voxels)
     "0 outside the mask."
@@ -1228,7 +1228,7 @@ def mae_vit_base(**options: Any) -> MaskedAutoencoderViT:
     "Width 768, 12 blocks, 12 heads: the published size."
     return MaskedAutoencoderViT(**dict(embed_dim=768, depth=12, num_heads=12) | options)
 
-# %% ../nbs/03_mae.ipynb #587f169e
+# %% ../nbs/03_mae.ipynb #008fa362
 def _mae_of_depth(depth: int, options: dict[str, Any]) -> MaskedAutoencoderViT:
     "The published family: width 64 · depth; a decoder a third as deep, of width 128 · its depth, heads of 32."
     third = depth // 3
@@ -1256,7 +1256,7 @@ def mae_vit_d6(**options: Any) -> MaskedAutoencoderViT:
     "Width 384, 6 + 2 blocks."
     return _mae_of_depth(6, options)
 
-# %% ../nbs/03_mae.ipynb #7e9f01ca
+# %% ../nbs/03_mae.ipynb #85b1d151
 def mae_vit_d9(**options: Any) -> MaskedAutoencoderViT:
     "Width 576, 9 + 3 blocks."
     return _mae_of_depth(9, options)
@@ -1286,7 +1286,7 @@ SIZES = {
     )
 }
 
-# %% ../nbs/03_mae.ipynb #4afb9490
+# %% ../nbs/03_mae.ipynb #336f7932
 @dataclass(frozen=True)
 class InputSpec:
     "What a recording must become before a model can read it; travels with the weights as input.json."
@@ -1320,7 +1320,7 @@ class InputSpec:
             )
         return cls(**found)
 
-# %% ../nbs/03_mae.ipynb #e1331ee2
+# %% ../nbs/03_mae.ipynb #ec33601a
 def load_strictly(
     module: nn.Module,
     state: dict[str, Tensor],
@@ -1398,7 +1398,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILES = ("config.json", "model.safetensors", "input.json", "layout.npz", "cubes.npz")
 _SOURCES = "a folder with config.json and model.safetensors, a checkpoint file, or org/name on the Hub"
 
-# %% ../nbs/03_mae.ipynb #4d3b046b
+# %% ../nbs/03_mae.ipynb #5ee72cb2
 def read_checkpoint(
     name_or_path: str | Path,  # a folder, a file, org/name on the Hugging Face Hub, or hf://org/name/file
 ) -> Checkpoint:
@@ -1428,7 +1428,7 @@ def _from_hub(name: str) -> Path:
             f"mae: expected {_SOURCES}, found no {name} on the disk, and from the Hub: {error}"
         ) from error
 
-# %% ../nbs/03_mae.ipynb #e872bdee
+# %% ../nbs/03_mae.ipynb #50dd1f3d
 def _read_folder(path: Path) -> Checkpoint:
     "config.json + model.safetensors: ours, fm-MAE's, timm's."
     for name in _FILES[:2]:
@@ -1447,7 +1447,7 @@ def _read_folder(path: Path) -> Checkpoint:
     )
     return Checkpoint(config, state, spec, layout, cubes, str(path))
 
-# %% ../nbs/03_mae.ipynb #3c5ef960
+# %% ../nbs/03_mae.ipynb #0d0f9870
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     "And what was saved beside them."
     from safetensors import SafetensorError, safe_open
@@ -1473,7 +1473,7 @@ def _text_of(path: Path, saved: dict[str, str]) -> str:
         )
     return own
 
-# %% ../nbs/03_mae.ipynb #7044a3c7
+# %% ../nbs/03_mae.ipynb #8e30452b
 def _place_of(kind: type, path: Path, saved: dict[str, str]) -> Layout | Cubes | None:
     "What the file says, if the weights were saved with that."
     try:
@@ -1500,7 +1500,7 @@ def _json_object(text: str, where: str | Path) -> dict[str, Any]:
         raise ValueError(f"{where}: expected names and values as JSON, found none: {error}") from error
     return found
 
-# %% ../nbs/03_mae.ipynb #87ab587f
+# %% ../nbs/03_mae.ipynb #f458fe70
 _IMG_SIZES = {  # of CortexMAE's input spaces: image, and patch where the space fixes it
     "flat": ((224, 560), None),
     "mni_cortex": ((465, 512), (1, 512)),
@@ -1535,7 +1535,7 @@ def _plain_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path}: expected a model from {', '.join(SIZES)}, found {args.get('model')!r}")
     return args, state
 
-# %% ../nbs/03_mae.ipynb #9aaad0bb
+# %% ../nbs/03_mae.ipynb #c922b360
 def _read_cortexmae(path: Path) -> Checkpoint:
     "A CortexMAE checkpoint."
     args, state = _plain_checkpoint(path)
@@ -1565,7 +1565,7 @@ def _read_cortexmae(path: Path) -> Checkpoint:
     )
     return Checkpoint(config, state, spec, None, None, str(path))
 
-# %% ../nbs/03_mae.ipynb #adfc4ae1
+# %% ../nbs/03_mae.ipynb #0229b33c
 def from_timm(
     vit: str | nn.Module,  # a timm VisionTransformer, or the name of one
     state: dict[str, Tensor] | None = None,  # its weights; None: those of the module
@@ -1602,7 +1602,7 @@ def from_timm(
     )
     return config, _rename_timm(state, n_cls, 0 if vit.no_embed_class else n_cls + n_reg)
 
-# %% ../nbs/03_mae.ipynb #b6b77baa
+# %% ../nbs/03_mae.ipynb #f45ff48c
 def _check_timm(vit: nn.Module) -> None:
     "Refuses what has no weights of its own, and so would pass unnoticed."
     from timm.models.vision_transformer import VisionTransformer
@@ -1644,7 +1644,7 @@ def _rename_timm(state: dict[str, Tensor], n_cls: int, n_prefix: int) -> dict[st
             new[name.replace("patch_embed.proj", "patch_embed")] = value
     return {k: v.contiguous().clone() for k, v in new.items()}
 
-# %% ../nbs/03_mae.ipynb #1f3d24f7
+# %% ../nbs/03_mae.ipynb #68509490
 @patch(cls_method=True)
 def from_pretrained(
     cls: MaskedViT | MaskedAutoencoderViT,
@@ -1666,7 +1666,7 @@ def from_pretrained(
         state = found.state if whole else {f"encoder.{k}": v for k, v in found.state.items()}
     return _built(cls, found, state, strict, overrides)
 
-# %% ../nbs/03_mae.ipynb #f5f099c0
+# %% ../nbs/03_mae.ipynb #2b62f15a
 def _built(
     cls: type, found: Checkpoint, state: dict[str, Tensor], strict: bool, overrides: dict[str, Any]
 ) -> nn.Module:
@@ -1691,7 +1691,7 @@ def _built(
     model.input_spec, model.layout, model.cubes = found.input_spec, found.layout, found.cubes
     return model.eval()
 
-# %% ../nbs/03_mae.ipynb #7759784e
+# %% ../nbs/03_mae.ipynb #b0da1df5
 @dataclass(frozen=True)
 class MAEPreset:
     "A named size of the training in chapter 3."
@@ -1724,7 +1724,7 @@ PRESETS = {
     ),
 }
 
-# %% ../nbs/03_mae.ipynb #45af1867
+# %% ../nbs/03_mae.ipynb #b3097e2c
 @patch
 def model(self: MAEPreset, **options: Any) -> MaskedAutoencoderViT:
     "An untrained model of this size."
