@@ -98,14 +98,22 @@ class Peer:
         self.optimiser = torch.optim.AdamW(groups, **OPTIMISER)
 
     def loss(self, images: Tensor, visible: Tensor) -> Tensor:
-        t, h, w = self.grid.shape
-        seen = visible.view(-1, 1, t, h, w)[:, :, :1].float().repeat_interleave(16, 3).repeat_interleave(16, 4)
-        inside = self.mask.expand(len(images), 1, 1, *self.mask.shape)
+        "With masks as large as the images, as its loader makes them."
+        (t, h, w), (_, high, wide) = self.grid.shape, self.grid.patch
+        seen = visible.view(-1, 1, t, h, w)[:, :, :1].float().repeat_interleave(high, 3).repeat_interleave(wide, 4)
+        return self.loss_on(images, self.mask.expand(len(images), 1, 1, *self.mask.shape), seen)
+
+    def loss_on(self, images: Tensor, inside: Tensor, seen: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
             return self.model(images, img_mask=inside, visible_mask=seen, mask_ratio=None, with_state=False)
 
     def step(self, images: Tensor, visible: Tensor) -> float:
-        loss = self.loss(images, visible)
+        return self.update(self.loss(images, visible))
+
+    def step_on(self, images: Tensor, inside: Tensor, seen: Tensor) -> float:
+        return self.update(self.loss_on(images, inside, seen))
+
+    def update(self, loss: Tensor) -> float:
         loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -271,13 +279,12 @@ def device() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
-def write_table(path: Path, rows: list[dict], where: str, append: bool = False) -> None:
+def write_rows(path: Path, rows: list[dict], command: str, where: str, setting: str, append: bool = False) -> None:
+    "CSV with a first line that tells how the numbers came about."
     path.parent.mkdir(parents=True, exist_ok=True)
     more = append and path.exists()
     with path.open("a" if more else "w", newline="") as file:
-        command = shlex.join(["python", *sys.argv])
-        setting = "simulated clips, batch 4, 224 × 560 × 16, patch 16 × 16 × 4, tubes 0.9, t_pred_stride 2, seed 0; the published preset but for the batch"
-        file.write(f"# command: {command} | date: {datetime.date.today()} | device: {where} | {setting}\n")
+        file.write(f"# {command} | date: {datetime.date.today()} | device: {where} | {setting}\n")
         table = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         if not more:
             table.writeheader()
@@ -314,7 +321,8 @@ def main() -> list[dict]:
         span = f"[{r['low']:.3g}, {r['high']:.3g}]" if r["low"] != "" else ""
         print(f"{r['model']:<7}{r['what']:<36}{r['way']:<30}{r['value']:>10.4g} {r['unit']:<24}{span:<18}{r['rounds']:>4}  load {r['load_1_and_5_min']}")
     if options.table:
-        write_table(options.table, rows, where, options.append)
+        setting = "simulated clips, batch 4, 224 × 560 × 16, patch 16 × 16 × 4, tubes 0.9, t_pred_stride 2, seed 0; the published preset but for the batch"
+        write_rows(options.table, rows, f"command: {shlex.join(['python', *sys.argv])}", where, setting, options.append)
     if options.check and (bad := missed(rows)):
         raise SystemExit(f"expected {'; '.join(bad)}: not met")
     return rows
