@@ -32,7 +32,7 @@ book: $(STAMP)  ## the site
 test: $(STAMP)  ## everything that can be checked
 	$(BIN)/python -m fmri_book.building
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS)
 
 serve: $(STAMP)  ## the site, over http
 	@test -f _build/html/index.html || $(MAKE) book

@@ -215,6 +215,7 @@ def main() -> list[dict]:
     parser.add_argument("--rounds", type=int, default=3, help="epochs of each way")
     parser.add_argument("--batches", type=int, default=24, help="steps of an epoch")
     parser.add_argument("--table", type=Path, help="write the numbers to this CSV file, too")
+    parser.add_argument("--append", action="store_true", help="add to the file what this run measures")
     parser.add_argument("--check", action="store_true", help="fail if a floor is missed")
     options = parser.parse_args()
     if (peer := load_peer(options.peer)) is None:
@@ -227,7 +228,7 @@ def main() -> list[dict]:
         print(f"{r['grid']:<11}{r['what']:<50}{r['way']:<16}{r['value']:>10.4g} {r['unit']:<4}{span:<18} load {r['load_1_and_5_min']}")
     if options.table:
         setting = f"simulated noise, {RUNS} runs × {FRAMES} frames; ViT-S, 160 patches a clip, batch {BATCH}, {options.batches} steps an epoch, seed 0"
-        write_rows(options.table, rows, f"command: {shlex.join(['python', *sys.argv])}", where, setting)
+        write_rows(options.table, rows, f"command: {shlex.join(['python', *sys.argv])}", where, setting, options.append)
     if options.check and (bad := missed(rows)):
         raise SystemExit(f"expected {'; '.join(bad)}: not met")
     return rows

@@ -882,7 +882,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.input_spec, self.layout, self.cubes = None, None, None  # as in `MaskedViT`
         self._build(SimpleNamespace(**self.config))
 
-# %% ../nbs/03_mae.ipynb #0afad18d
+# %% ../nbs/03_mae.ipynb #e6e17685
 @patch(as_prop=True)
 def grid(self: MaskedAutoencoderViT) -> PatchGrid:
     "How the input is cut into patches."
@@ -910,7 +910,7 @@ def _build(self: MaskedAutoencoderViT, a: SimpleNamespace) -> None:
     )
     self.target_norm = norm
 
-
+# %% ../nbs/03_mae.ipynb #bed64188
 def _check_arguments(a: SimpleNamespace, image: tuple[int, ...]) -> None:
     if a.decoding not in ("attn", "cross", "crossreg"):
         raise ValueError(f"mae: expected decoding from attn, cross, crossreg, found {a.decoding!r}")
@@ -925,7 +925,7 @@ def _check_arguments(a: SimpleNamespace, image: tuple[int, ...]) -> None:
     if a.t_pred_stride > 1 and len(image) == 2:
         raise ValueError(f"mae: expected videos for t_pred_stride {a.t_pred_stride}, found images of {image}")
 
-# %% ../nbs/03_mae.ipynb #b552463c
+# %% ../nbs/03_mae.ipynb #437c349e
 @dataclass
 class MAEOutput:
     "Loss, predictions and what they belong to. Image-sized things are made when they are asked for."
@@ -983,7 +983,7 @@ def _kept(grid: PatchGrid, seen: PatchMask | None, ids: Tensor | None, images: T
         full = torch.zeros_like(full.expand(len(ids), -1)).scatter(1, ids, True)
     return PatchMask(grid, full.unflatten(1, grid.shape)[(..., *[None] * 4)]) & seen
 
-# %% ../nbs/03_mae.ipynb #104f8b70
+# %% ../nbs/03_mae.ipynb #a95bf918
 @patch
 def _hidden(
     self: MaskedAutoencoderViT,
@@ -1017,7 +1017,7 @@ def _strided(mask: PatchMask, grid: PatchGrid) -> PatchMask:
     blocks = mask.blocks if mask.blocks.shape[5] == 1 else mask.blocks[:, :, :, :, :, :: grid.stride]
     return PatchMask(grid, blocks)
 
-# %% ../nbs/03_mae.ipynb #f21ebc25
+# %% ../nbs/03_mae.ipynb #94a1ce3b
 @patch
 def forward(
     self: MaskedAutoencoderViT,
@@ -1058,7 +1058,7 @@ def forward(
         loss, preds, pred_ids, encoded.ids, encoded.embeddings, n, images, targets, grids, masks, scale
     )
 
-# %% ../nbs/03_mae.ipynb #bb68e8b3
+# %% ../nbs/03_mae.ipynb #7ff1f09f
 @patch
 def _noisy(
     self: MaskedAutoencoderViT, images: Tensor, inside: PatchMask | None, generator: torch.Generator | None
@@ -1072,7 +1072,7 @@ def _noisy(
     noisy = (1 - share) * images + share * noise
     return noisy if inside is None else noisy * inside.image(len(images))
 
-# %% ../nbs/03_mae.ipynb #7cbf0108
+# %% ../nbs/03_mae.ipynb #0e3ee30e
 @patch
 def _decode(self: MaskedAutoencoderViT, encoded: Encoded, pred_ids: Tensor) -> Tensor:
     "(B, Q, values)"
@@ -1097,7 +1097,7 @@ def _targets(
     y, shift, divisor = self.target_norm(targets, inside)
     return y.gather(1, pred_ids[..., None].expand(-1, -1, y.shape[-1])), (shift, divisor)
 
-# %% ../nbs/03_mae.ipynb #07d0508e
+# %% ../nbs/03_mae.ipynb #866565d4
 def as_images(
     batch: dict[str, Any],  # of a `ClipDecoder`: image, signal or volume, and mask
     cubes: Cubes | None = None,  # how volumes are cut
@@ -1129,7 +1129,7 @@ def embed(self: MaskedViT | MaskedAutoencoderViT, batch: dict[str, Any]) -> Embe
     images, mask = as_images(batch, self.cubes)
     return getattr(self, "encoder", self)(images, mask).embeddings
 
-# %% ../nbs/03_mae.ipynb #94b72882
+# %% ../nbs/03_mae.ipynb #aa4a6d58
 class Cubes(nn.Module):
     "A volume as a row of cubes, those that hold enough of the mask: sparse, and as easy to patch as a picture."
 
@@ -1164,7 +1164,7 @@ class Cubes(nn.Module):
         self.register_buffer("inside", inside, persistent=False)  # (cubes, voxels)
         self.register_buffer("number", number, persistent=False)
 
-# %% ../nbs/03_mae.ipynb #d08c2b10
+# %% ../nbs/03_mae.ipynb #d51fc416
 @patch
 def cut(self: Cubes, volumes: Tensor) -> Tensor:  # (B, 1, T, X, Y, Z) -> (B, 1, T, cubes, voxels)
     "0 outside the mask."
@@ -1228,7 +1228,7 @@ def mae_vit_base(**options: Any) -> MaskedAutoencoderViT:
     "Width 768, 12 blocks, 12 heads: the published size."
     return MaskedAutoencoderViT(**dict(embed_dim=768, depth=12, num_heads=12) | options)
 
-# %% ../nbs/03_mae.ipynb #008fa362
+# %% ../nbs/03_mae.ipynb #a71109d4
 def _mae_of_depth(depth: int, options: dict[str, Any]) -> MaskedAutoencoderViT:
     "The published family: width 64 · depth; a decoder a third as deep, of width 128 · its depth, heads of 32."
     third = depth // 3
@@ -1256,7 +1256,7 @@ def mae_vit_d6(**options: Any) -> MaskedAutoencoderViT:
     "Width 384, 6 + 2 blocks."
     return _mae_of_depth(6, options)
 
-# %% ../nbs/03_mae.ipynb #85b1d151
+# %% ../nbs/03_mae.ipynb #3623fd34
 def mae_vit_d9(**options: Any) -> MaskedAutoencoderViT:
     "Width 576, 9 + 3 blocks."
     return _mae_of_depth(9, options)
@@ -1286,7 +1286,7 @@ SIZES = {
     )
 }
 
-# %% ../nbs/03_mae.ipynb #336f7932
+# %% ../nbs/03_mae.ipynb #373af0e8
 @dataclass(frozen=True)
 class InputSpec:
     "What a recording must become before a model can read it; travels with the weights as input.json."
@@ -1320,7 +1320,7 @@ class InputSpec:
             )
         return cls(**found)
 
-# %% ../nbs/03_mae.ipynb #ec33601a
+# %% ../nbs/03_mae.ipynb #b5614980
 def load_strictly(
     module: nn.Module,
     state: dict[str, Tensor],
@@ -1398,7 +1398,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILES = ("config.json", "model.safetensors", "input.json", "layout.npz", "cubes.npz")
 _SOURCES = "a folder with config.json and model.safetensors, a checkpoint file, or org/name on the Hub"
 
-# %% ../nbs/03_mae.ipynb #5ee72cb2
+# %% ../nbs/03_mae.ipynb #ee63bde7
 def read_checkpoint(
     name_or_path: str | Path,  # a folder, a file, org/name on the Hugging Face Hub, or hf://org/name/file
 ) -> Checkpoint:
@@ -1428,7 +1428,7 @@ def _from_hub(name: str) -> Path:
             f"mae: expected {_SOURCES}, found no {name} on the disk, and from the Hub: {error}"
         ) from error
 
-# %% ../nbs/03_mae.ipynb #50dd1f3d
+# %% ../nbs/03_mae.ipynb #79681a4e
 def _read_folder(path: Path) -> Checkpoint:
     "config.json + model.safetensors: ours, fm-MAE's, timm's."
     for name in _FILES[:2]:
@@ -1447,7 +1447,7 @@ def _read_folder(path: Path) -> Checkpoint:
     )
     return Checkpoint(config, state, spec, layout, cubes, str(path))
 
-# %% ../nbs/03_mae.ipynb #0d0f9870
+# %% ../nbs/03_mae.ipynb #e83fb121
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     "And what was saved beside them."
     from safetensors import SafetensorError, safe_open
@@ -1473,7 +1473,7 @@ def _text_of(path: Path, saved: dict[str, str]) -> str:
         )
     return own
 
-# %% ../nbs/03_mae.ipynb #8e30452b
+# %% ../nbs/03_mae.ipynb #c706768a
 def _place_of(kind: type, path: Path, saved: dict[str, str]) -> Layout | Cubes | None:
     "What the file says, if the weights were saved with that."
     try:
@@ -1500,7 +1500,7 @@ def _json_object(text: str, where: str | Path) -> dict[str, Any]:
         raise ValueError(f"{where}: expected names and values as JSON, found none: {error}") from error
     return found
 
-# %% ../nbs/03_mae.ipynb #f458fe70
+# %% ../nbs/03_mae.ipynb #0ba0435a
 _IMG_SIZES = {  # of CortexMAE's input spaces: image, and patch where the space fixes it
     "flat": ((224, 560), None),
     "mni_cortex": ((465, 512), (1, 512)),
@@ -1535,7 +1535,7 @@ def _plain_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path}: expected a model from {', '.join(SIZES)}, found {args.get('model')!r}")
     return args, state
 
-# %% ../nbs/03_mae.ipynb #c922b360
+# %% ../nbs/03_mae.ipynb #0a2e50a8
 def _read_cortexmae(path: Path) -> Checkpoint:
     "A CortexMAE checkpoint."
     args, state = _plain_checkpoint(path)
@@ -1565,7 +1565,7 @@ def _read_cortexmae(path: Path) -> Checkpoint:
     )
     return Checkpoint(config, state, spec, None, None, str(path))
 
-# %% ../nbs/03_mae.ipynb #0229b33c
+# %% ../nbs/03_mae.ipynb #6b57dadb
 def from_timm(
     vit: str | nn.Module,  # a timm VisionTransformer, or the name of one
     state: dict[str, Tensor] | None = None,  # its weights; None: those of the module
@@ -1602,7 +1602,7 @@ def from_timm(
     )
     return config, _rename_timm(state, n_cls, 0 if vit.no_embed_class else n_cls + n_reg)
 
-# %% ../nbs/03_mae.ipynb #f45ff48c
+# %% ../nbs/03_mae.ipynb #a2c6c27c
 def _check_timm(vit: nn.Module) -> None:
     "Refuses what has no weights of its own, and so would pass unnoticed."
     from timm.models.vision_transformer import VisionTransformer
@@ -1644,7 +1644,7 @@ def _rename_timm(state: dict[str, Tensor], n_cls: int, n_prefix: int) -> dict[st
             new[name.replace("patch_embed.proj", "patch_embed")] = value
     return {k: v.contiguous().clone() for k, v in new.items()}
 
-# %% ../nbs/03_mae.ipynb #68509490
+# %% ../nbs/03_mae.ipynb #e8b0ca5b
 @patch(cls_method=True)
 def from_pretrained(
     cls: MaskedViT | MaskedAutoencoderViT,
@@ -1666,7 +1666,7 @@ def from_pretrained(
         state = found.state if whole else {f"encoder.{k}": v for k, v in found.state.items()}
     return _built(cls, found, state, strict, overrides)
 
-# %% ../nbs/03_mae.ipynb #2b62f15a
+# %% ../nbs/03_mae.ipynb #3b6bfba0
 def _built(
     cls: type, found: Checkpoint, state: dict[str, Tensor], strict: bool, overrides: dict[str, Any]
 ) -> nn.Module:
@@ -1691,7 +1691,7 @@ def _built(
     model.input_spec, model.layout, model.cubes = found.input_spec, found.layout, found.cubes
     return model.eval()
 
-# %% ../nbs/03_mae.ipynb #b0da1df5
+# %% ../nbs/03_mae.ipynb #24ac2570
 @dataclass(frozen=True)
 class MAEPreset:
     "A named size of the training in chapter 3."
@@ -1724,7 +1724,7 @@ PRESETS = {
     ),
 }
 
-# %% ../nbs/03_mae.ipynb #b3097e2c
+# %% ../nbs/03_mae.ipynb #f71afe84
 @patch
 def model(self: MAEPreset, **options: Any) -> MaskedAutoencoderViT:
     "An untrained model of this size."
