@@ -1101,8 +1101,16 @@ def _targets(
 def as_images(
     batch: dict[str, Any],  # of a `ClipDecoder`: image, signal or volume, and mask
     cubes: Cubes | None = None,  # how volumes are cut
+    grid: PatchGrid | None = None,  # the model's: one of single pictures takes windows of one frame
 ) -> tuple[Tensor, Tensor | None]:  # (B, C, …) and a mask that broadcasts to it
     "Flat maps as they are; parcels as videos one pixel wide; volumes as rows of cubes."
+    x, mask = _as_video(batch, cubes)
+    if grid is not None and len(grid.image) == 2 and x.ndim == 5 and x.shape[2] == 1:
+        x, mask = x[:, :, 0], mask[:, :, 0] if mask is not None and mask.ndim == 5 else mask
+    return x, mask
+
+
+def _as_video(batch: dict[str, Any], cubes: Cubes | None) -> tuple[Tensor, Tensor | None]:
     mask = batch.get("mask")
     if "image" in batch:
         x = batch["image"]
@@ -1126,7 +1134,7 @@ def as_images(
 def embed(self: MaskedViT | MaskedAutoencoderViT, batch: dict[str, Any]) -> Embeddings:
     """Of everything in the batch that lies inside its mask; nothing is hidden, nothing is decoded. If masks differ
     between samples, each gives as many patches as the one with the fewest, the first ones row by row."""
-    images, mask = as_images(batch, self.cubes)
+    images, mask = as_images(batch, self.cubes, self.grid)
     return getattr(self, "encoder", self)(images, mask).embeddings
 
 # %% ../nbs/03_mae.ipynb #aa4a6d58
