@@ -1699,7 +1699,7 @@ def _built(
     model.input_spec, model.layout, model.cubes = found.input_spec, found.layout, found.cubes
     return model.eval()
 
-# %% ../nbs/03_mae.ipynb #24ac2570
+# %% ../nbs/03_mae.ipynb #694a8030
 @dataclass(frozen=True)
 class MAEPreset:
     "A named size of the training in chapter 3."
@@ -1725,7 +1725,7 @@ class MAEPreset:
 
 
 PRESETS = {
-    "ci": MAEPreset(32, 80, 8, 4, 4, 0.75, 96, 3, 4, 64, 1, 4, 32, 900, 1e-3, 3, 1.0, 150),
+    "ci": MAEPreset(32, 80, 8, 4, 4, 0.75, 96, 3, 4, 64, 1, 4, 32, 900, 1e-3, 3, 1.0, 100),
     "gpu": MAEPreset(224, 560, 16, 16, 4, 0.75, 384, 6, 6, 256, 2, 8, 32, 3_000, 1e-3, 3, 1.0, 300),
     "paper": MAEPreset(
         224, 560, 16, 16, 4, 0.9, 768, 12, 12, 512, 4, 16, 32, 625_000, 1.25e-4, 1, 0.02, 10_000
