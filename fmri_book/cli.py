@@ -188,9 +188,20 @@ def _other_commands(command):
     add("--accept-licence", action="store_true", help="you have read the terms that are shown without it")
     add("--n", type=int, default=1, help="how many files or people; 0 for all")
 
-# %% ../nbs/A2_command_line.ipynb #ad8893d4
+# %% ../nbs/A2_command_line.ipynb #594ef96f
+_TRAINING = """
+Settings are a preset, then YAML files, then key=value: `--show` prints all keys with their present values. Those of your
+data begin with data. (data.train=FOLDER, a store or shards; data.split=FILE or data.held_out=0.2).
+
+A run's folder holds config.yaml (every setting), run.json (versions, device), log.jsonl (a row for each step),
+evaluation.jsonl, figures/, checkpoints/ (to go on from), and in the end model/ (to be used: fmri-book embed FOLDER/model ...).
+
+Killed, or stopped by Ctrl-C or SIGTERM: give the same command again, and it goes on with the same losses.
+"""
+
+
 def _train_parser(parser: argparse.ArgumentParser):
-    add = parser.add_argument
+    add, parser.description = parser.add_argument, f"{parser.description}\n{_TRAINING}"
     add("recipe", help="mae, or package.module:name of one that registers itself")
     add("changes", nargs="*", metavar="CHANGE", help="YAML files and key=value, later ones win")
     add("--preset", default="ci", metavar="NAME", help="ci, gpu or paper")
@@ -204,6 +215,7 @@ def _of_model(add):
     "What the commands that run a model on recordings share."
     add("--family", default="mae", metavar="NAME", help="the model's family: fmri_book.recordings.FAMILIES")
     add("--input", type=Path, metavar="FILE", help="input.json, for weights that came without one")
+    add("--pattern", metavar="GLOB", help="of folders: only files whose name or path matches")
     add("--carry", action="store_true", help="bring other meshes and atlases over by position, approximately")
     add("--match-original", action="store_true", help="resample exactly as the published code does")
     add(
@@ -232,7 +244,11 @@ def _recording_commands(command):
         help="a folder: a file for each recording, windows.parquet for all",
     )
     add("--suffix", default=".npz", choices=(".npz", ".safetensors"), help="of the files")
-    add("--patches", action="store_true", help="every patch token, not only their mean (large)")
+    add(
+        "--patches",
+        action="store_true",
+        help="every patch token, not only their mean (for a ViT-B 340 MB a run)",
+    )
     _of_model(add)
     _reading(embed)
     add = (
@@ -240,7 +256,13 @@ def _recording_commands(command):
     ).add_argument
     add("model", help="a folder of weights with a decoder, a checkpoint, or org/name")
     add("file", type=Path, help="a recording, or a store with --key")
-    add("-o", "--out", type=Path, required=True, help="the file to write: .npz or .safetensors")
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        help="the file to write, .npz or .safetensors: 9 bytes for each value, 16 with --denoise",
+    )
     add("--key", help="which recording of a store or a folder")
     add(
         "--masking",
@@ -507,6 +529,7 @@ def _model_of(asked, predicts: bool) -> tuple[Any, dict[str, Any]]:
         device=asked.device or ("cuda" if torch.cuda.is_available() else None), options=_options(asked)
     )
     told |= {k: getattr(asked, k) for k in ("batch_size", "stride", "carry", "match_original")}
+    told["pattern"] = asked.pattern
     if asked.input is not None:
         told["spec"] = InputSpec.from_json(asked.input.read_text(), str(asked.input))
     return model, told
@@ -518,6 +541,8 @@ def _embed(asked) -> int:
     model, told = _model_of(asked, predicts=False)
     told |= {k: getattr(asked, k) for k in ("suffix", "patches", "overwrite")}
     report = embed_files(model, asked.files, asked.out, **told)
+    for row in report.rows:
+        row["reason"] = _in_shell(row["reason"])
     if asked.json:
         _print_json(dict(out=str(report.out), counts=report.counts, runs=report.rows))
     else:
@@ -600,13 +625,18 @@ _IN_THE_SHELL = {
     "Pass spec=…, an InputSpec": "Give --input FILE, an input.json",
     "normalise='z'": "--normalise z",
     "allow_changes=True": "--allow-changes",
+    "a smaller batch_size": "a smaller --batch-size",
 }  # what a message of the library calls an argument
 
 
-def _say(error: BaseException) -> int:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+def _in_shell(text: str) -> str:
     for argument, option in _IN_THE_SHELL.items():
         text = text.replace(argument, option)
+    return text
+
+
+def _say(error: BaseException) -> int:
+    text = _in_shell(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
     known = isinstance(error, (ValueError, OSError, KeyError, RuntimeError, ImportError))
     kind = "" if known else f"unexpected {type(error).__name__}: "
     print(f"fmri-book: {kind}{text}", file=sys.stderr)

@@ -26,18 +26,16 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Frames', 'spec_of', 'surface_of', 'Stored', 'recordings_at', 'check_layout', 'read_frames',
-           'window_starts', 'fresh_frames', 'Windows', 'open_windows', 'Result', 'check_ending', 'read_result',
-           'RunEmbeddings', 'embed_run', 'predicted_frames', 'Places', 'Prediction', 'OnTheMap', 'RunReconstruction',
-           'reconstruct_run', 'Welford', 'RunDenoising', 'denoise_run', 'load_model', 'digest_of', 'EmbedReport',
-           'embed_files']
+           'window_starts', 'fresh_frames', 'Windows', 'check_batch_size', 'move', 'open_windows', 'Result',
+           'check_ending', 'read_result', 'RunEmbeddings', 'embed_run', 'predicted_frames', 'Places', 'Prediction',
+           'OnTheMap', 'RunReconstruction', 'reconstruct_run', 'Welford', 'RunDenoising', 'denoise_run', 'load_model',
+           'digest_of', 'EmbedReport', 'embed_files']
 
-# %% ../nbs/03b_recordings.ipynb #32637e34
+# %% ../nbs/03b_recordings.ipynb #f95529e2
 class Frames(NamedTuple):
     "A whole recording as a model takes it, not yet cut into windows."
 
-    packed: (
-        np.ndarray
-    )  # (frames, columns) float16 where z-scored, else float32; columns as the layout stores them
+    packed: np.ndarray  # (frames, columns) float16 if z-scored, else float32
     layout: Layout  # what the columns are
     tr: float  # seconds
     who: dict[str, str]  # subject, session, task, run
@@ -132,7 +130,7 @@ def _run_frames(run: Run, spec: Any, source: str, carry: bool, match_original: b
     notes = (*notes, *(d.reason for d in said if d.level == "note"))
     return Frames(packed, layout, spec.tr, who, source, notes)
 
-# %% ../nbs/03b_recordings.ipynb #4d25bd7f
+# %% ../nbs/03b_recordings.ipynb #8f9b5e99
 class Stored(NamedTuple):
     "One run of a store."
 
@@ -148,13 +146,15 @@ def recordings_at(
     path: str | Path,  # a file, a folder of recordings, or a store
     spec: Any,  # decides among several forms of one recording
     options: IngestOptions = IngestOptions(),  # noqa: B008 (frozen)
+    pattern: str | None = None,  # of a folder: only files whose name or path matches
 ) -> tuple[dict[str, Source | Stored], list[str]]:  # by key; and what cannot be used, in words
     "What can be read at a path, without reading it."
     path = Path(path)
     if (path / storage.MANIFEST).is_file():
         store = Store(path)
         return {key: Stored(store, i) for i, key in enumerate(store.index["key"])}, []
-    found = discover(path, to=spec.space, source_space=options.source_space, atlas=options.atlas)
+    told = dict(source_space=options.source_space, atlas=options.atlas, pattern=pattern)
+    found = discover(path, to=spec.space, **told)
     wrong = [
         f"{p.where}: {p.what}{'; ' if p.remedy else ''}{p.remedy}"
         for p in found.problems
@@ -177,7 +177,7 @@ def _file_frames(
     notes = [d.reason for d in decisions if d.level == "note"]
     return _run_frames(run, spec, where, carry, match_original, notes)
 
-# %% ../nbs/03b_recordings.ipynb #6e1ef184
+# %% ../nbs/03b_recordings.ipynb #768c097a
 def _store_frames(at: Stored, spec: Any, carry: bool, match_original: bool) -> Frames:
     "A run of a store: its own bytes, mapped and not copied, if they are what the model takes."
     store, i, row = at.store, at.row, at.store.index.iloc[at.row]
@@ -199,19 +199,26 @@ def _store_frames(at: Stored, spec: Any, carry: bool, match_original: bool) -> F
 
 
 def _check_scale(packed: np.ndarray, spec: Any, where: str) -> None:
-    "Are these maps z-scores, as they should be? Looks at 64 frames."
+    "Are these maps in the model's units? Looks at 64 frames: z-scores average to 0 and have an SD of 1."
     some = packed[np.linspace(0, len(packed) - 1, min(64, len(packed))).astype(int)].astype(np.float32)
-    largest = float(np.abs(some.mean(0)).max())
+    largest, spread = float(np.abs(some.mean(0)).max()), float(some.std(0).mean())
     if spec.zscore and largest > 10:
         raise ValueError(
             f"{where}: expected z-scored flat maps, found a pixel with a mean of {largest:.4g}: raw units? "
             "Prepare them with normalise='z'"
         )
+    if not spec.zscore and largest < 10 and spread < 10:
+        raise ValueError(
+            f"{where}: expected flat maps in raw units, found means below {largest:.3g} and an SD of {spread:.3g}: "
+            "z-scores? Embed the files themselves"
+        )
 
-# %% ../nbs/03b_recordings.ipynb #d833c17f
-def _the_only(path: str | Path, spec: Any, options: IngestOptions, key: str | None) -> Source | Stored:
+# %% ../nbs/03b_recordings.ipynb #cb7e6a93
+def _the_only(
+    path: str | Path, spec: Any, options: IngestOptions, key: str | None, pattern: str | None
+) -> Source | Stored:
     "The one recording at a path, or the one that is asked for."
-    found, wrong = recordings_at(path, spec, options)
+    found, wrong = recordings_at(path, spec, options, pattern)
     if key is not None and key in found:
         return found[key]
     if key is None and len(found) == 1:
@@ -259,12 +266,13 @@ def _as_asked(frames: Frames, spec: Any) -> Frames:
         raise ValueError(f"{frames.source}: expected maps of {spec.surface}, found {frames.layout.surface}")
     return frames
 
-# %% ../nbs/03b_recordings.ipynb #08e41d46
+# %% ../nbs/03b_recordings.ipynb #abc1d31d
 def read_frames(
     recording: Run | Frames | Source | Stored | Store | str | Path | np.ndarray,  # arrays as (time, sites)
     spec: Any,  # an InputSpec: what it must become
     *,
     key: str | None = None,  # which recording of a store or a folder
+    pattern: str | None = None,  # of a folder: only files whose name or path matches
     tr: float | None = None,  # seconds: of an array, or of a file that does not say
     space: str | None = None,  # likewise
     options: IngestOptions = IngestOptions(),  # noqa: B008 (frozen): how files are read
@@ -285,7 +293,7 @@ def read_frames(
         options, **{k: v for k, v in (("source_tr", tr), ("source_space", space)) if v is not None}
     )
     if isinstance(recording, str | Path):
-        recording = _the_only(recording, spec, options, key)
+        recording = _the_only(recording, spec, options, key, pattern)
     elif tr is not None or space is not None:
         raise ValueError("expected tr and space with arrays and files only: this recording brings its own")
     if isinstance(recording, Frames):
@@ -351,7 +359,12 @@ class Windows:
         "When each window starts, in seconds from the first frame."
         return self.starts * self.frames.tr
 
-# %% ../nbs/03b_recordings.ipynb #7024b200
+# %% ../nbs/03b_recordings.ipynb #0c6b04d1
+def check_batch_size(size: int) -> None:
+    if int(size) != size or size < 1:
+        raise ValueError(f"expected a batch size from 1 up, found {size!r}")
+
+
 @patch
 def batches(
     self: Windows,
@@ -362,8 +375,7 @@ def batches(
     "Which windows, and the batch of them that a model's `embed` takes."
     from tqdm import tqdm
 
-    if int(size) != size or size < 1:
-        raise ValueError(f"expected a batch size from 1 up, found {size!r}")
+    check_batch_size(size)
     self.decoder.to(device)
     firsts = range(0, len(self), int(size))
     for first in tqdm(firsts, progress, unit="batch", leave=False, disable=None if progress else True):
@@ -383,23 +395,40 @@ def _packed(self: Windows, at: slice) -> dict[str, Any]:
         packed=packed, frame_mean=mean, frame_sd=sd, start=torch.from_numpy(self.starts[at].copy()), tr=tr
     )
 
-# %% ../nbs/03b_recordings.ipynb #e056f052
+# %% ../nbs/03b_recordings.ipynb #75189fb2
+def move(model: nn.Module, device: Any) -> None:  # None: stays where it is
+    "To a device that is there."
+    try:
+        model.to(device) if device is not None else None
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError) as error:  # what PyTorch raises depends on how it was built
+        why = str(error).split("\n")[0]
+        raise ValueError(
+            f"expected a device of this machine, such as cpu, found {device!r}: {why}"
+        ) from error
+
+
 @contextmanager
 def _inference(model: nn.Module, device: Any) -> Iterator[torch.device]:
     "In eval mode, without gradients, on the device; the mode is given back, whatever happens."
-    if device is not None:
-        model.to(device)
+    move(model, device)
     where = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
         with torch.inference_mode():
             yield where
+    except torch.OutOfMemoryError as error:
+        why = str(error).split("\n")[0]
+        raise torch.OutOfMemoryError(
+            f"no room for a batch of windows: choose a smaller batch_size ({why})"
+        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
 
-
+# %% ../nbs/03b_recordings.ipynb #397fa275
 def open_windows(
     model: nn.Module,
     recording: Any,
@@ -550,7 +579,7 @@ def _put(out: dict[str, np.ndarray], name: str, at: slice, values: Tensor | None
         out[name] = np.empty((n, *values.shape[1:]), np.float32)
     out[name][at] = values
 
-# %% ../nbs/03b_recordings.ipynb #3655597a
+# %% ../nbs/03b_recordings.ipynb #147cd9cc
 def embed_run(
     model: nn.Module,  # with embed(batch) -> cls, reg, patch, and an input_spec
     recording: Run | Source | Stored | Store | str | Path | np.ndarray,  # see `read_frames`
@@ -561,7 +590,7 @@ def embed_run(
     patches: bool = True,  # False: only the mean of the patch tokens is kept
     spec: Any = None,  # instead of the model's own input_spec
     progress: bool = True,
-    **how: Any,  # key, tr, space, options, carry, match_original: see `read_frames`
+    **how: Any,  # key, pattern, tr, space, options, carry, match_original: see `read_frames`
 ) -> RunEmbeddings:
     "Embeddings of a whole recording, in windows that cover every frame. Nothing is hidden from the model."
     windows = open_windows(model, recording, stride, spec, **how)
@@ -577,13 +606,15 @@ def embed_run(
     tokens = (out.get(name) for name in ("cls", "reg", "patch"))
     return RunEmbeddings(*tokens, out["mean"], windows.seconds, fresh, _about(windows, model))
 
-# %% ../nbs/03b_recordings.ipynb #a1c39acc
+# %% ../nbs/03b_recordings.ipynb #5cd7b01d
 def _columns(
     images: Tensor,  # (B, C, T, …) as the model takes them
     windows: Windows,
     cubes: Any = None,
 ) -> Tensor:  # (B, T, columns) in canonical order
     "From images back to the columns of the recording: undoes `as_images`."
+    if images.ndim == 4:  # a model of single pictures: windows of one frame
+        images = images.unsqueeze(2)
     if windows.decoder.key == "signal":
         return images[:, 0, :, :, 0]
     if windows.decoder.key == "volume":
@@ -766,7 +797,7 @@ class RunReconstruction(OnTheMap, Result):
     mask: np.ndarray | None  # (height, width) bool of flat maps
     about: dict = field(default_factory=dict)
 
-# %% ../nbs/03b_recordings.ipynb #dded3aba
+# %% ../nbs/03b_recordings.ipynb #7586bb5a
 def _for_prediction(
     model: nn.Module, recording: Any, stride: int | None, spec: Any, how: dict
 ) -> tuple[Windows, dict[str, np.ndarray], dict]:
@@ -782,14 +813,15 @@ def _for_prediction(
 
 
 def _target(model: nn.Module, windows: Windows, images: Tensor) -> Tensor:
-    when = torch.from_numpy(predicted_frames(model)).to(images.device)
-    return _columns(images.index_select(2, when).float(), windows, model.cubes)
+    if images.ndim == 5:
+        images = images[:, :, torch.from_numpy(predicted_frames(model)).to(images.device)]
+    return _columns(images.float(), windows, model.cubes)
 
 
 def _span(at: slice) -> range:
     return range(at.start, at.stop)
 
-# %% ../nbs/03b_recordings.ipynb #0ccfada0
+# %% ../nbs/03b_recordings.ipynb #08d20fbc
 def reconstruct_run(
     model: nn.Module,  # a MaskedAutoencoderViT with an input_spec
     recording: Run | Source | Stored | Store | str | Path | np.ndarray,
@@ -812,7 +844,7 @@ def reconstruct_run(
     hidden = np.empty((n, same["frame"].shape[1], scores.n_columns), bool)
     with _inference(model, device) as where:
         for at, batch in windows.batches(batch_size, where, "reconstructing" if progress else ""):
-            images, inside = as_images(batch, model.cubes)
+            images, inside = as_images(batch, model.cubes, model.grid)
             visible = _draw(model, mask, ratio, inside, _span(at), seed)
             places = places or Places.of(model, windows, images, inside)
             found, target = _predict(model, places, images, inside, visible), _target(model, windows, images)
@@ -845,16 +877,14 @@ class Welford:
         "Unbiased; NaN where fewer than 2 arrived."
         return torch.where(self.n > 1, (self.squares / (self.n - 1).clamp(min=1)).sqrt(), torch.nan)
 
-# %% ../nbs/03b_recordings.ipynb #d6ca2fd4
+# %% ../nbs/03b_recordings.ipynb #e6282ad1
 @dataclass(repr=False)
 class RunDenoising(OnTheMap, Result):
     "Predictions of a recording from many random masks. Columns in canonical order, values as the model takes them."
 
-    mean: (
-        np.ndarray
-    )  # (windows, frames, columns) float32: over the masks that hid this value; NaN if none did
-    sd: np.ndarray  # (windows, frames, columns) float32: between those masks, unbiased; NaN below 2
-    count: np.ndarray  # (windows, frames, columns) int32: how many did
+    mean: np.ndarray  # (windows, frames, columns) float32, over the masks that hid it; NaN: none
+    sd: np.ndarray  # (windows, frames, columns) float32, between them, unbiased; NaN: fewer than 2
+    count: np.ndarray  # (windows, frames, columns) int32: how many masks hid it
     target: np.ndarray  # (windows, frames, columns) float32: what was there
     r2: np.ndarray  # (columns,) of the mean, over time
     starts: np.ndarray  # (windows,) seconds
@@ -875,7 +905,7 @@ def _many_masks(model, places, target, images, inside, at, kind, ratio, seed, sa
         total.add(found.values, found.hidden)
     return total
 
-# %% ../nbs/03b_recordings.ipynb #5889b728
+# %% ../nbs/03b_recordings.ipynb #a728c05b
 def denoise_run(
     model: nn.Module,
     recording: Run | Source | Stored | Store | str | Path | np.ndarray,
@@ -902,7 +932,7 @@ def denoise_run(
     out, scores, n, places = {}, _R2(windows.frames.layout.n_sites), len(windows), None
     with _inference(model, device) as where:
         for at, batch in windows.batches(batch_size, where, "denoising" if progress else ""):
-            images, inside = as_images(batch, model.cubes)
+            images, inside = as_images(batch, model.cubes, model.grid)
             places = places or Places.of(model, windows, images, inside)
             target = _target(model, windows, images)
             total = _many_masks(model, places, target, images, inside, at, mask, ratio, seed, samples)
@@ -965,7 +995,7 @@ class EmbedReport:
         lines += [f"  failed  {r['source']}: {r['reason']}" for r in self.rows if r["status"] == "failed"]
         return "\n".join(lines)
 
-# %% ../nbs/03b_recordings.ipynb #8777f77b
+# %% ../nbs/03b_recordings.ipynb #d6a7c60d
 class _Planned(NamedTuple):
     key: str
     source: str
@@ -981,12 +1011,14 @@ def _fingerprint(recording: Source | Stored) -> list:
     return [list(map(str, row)) for row in prepare.fingerprint(recording, Path("/"))]
 
 
-def _plan(paths: Sequence[str | Path], spec: Any, options: IngestOptions) -> list[_Planned]:
+def _plan(
+    paths: Sequence[str | Path], spec: Any, options: IngestOptions, pattern: str | None
+) -> list[_Planned]:
     "Every recording at every path, and every path that holds none."
     plan, taken = [], {}
     for path in paths:
         try:
-            found, wrong = recordings_at(path, spec, options)
+            found, wrong = recordings_at(path, spec, options, pattern)
         except Exception as error:  # noqa: BLE001 (one bad file must not stop the others)
             plan.append(_Planned("", str(path), None, [], f"{type(error).__name__}: {error}"))
             continue
@@ -1004,11 +1036,12 @@ def _plan(paths: Sequence[str | Path], spec: Any, options: IngestOptions) -> lis
             plan.append(_Planned("", str(path), None, [], "expected a recording, found none"))
     return plan
 
-# %% ../nbs/03b_recordings.ipynb #f9ac49dc
+# %% ../nbs/03b_recordings.ipynb #8950575a
 def _settle(out: Path, facts: dict, overwrite: bool) -> None:
     "A folder holds the embeddings of one model with one set of settings."
     known = out / "settings.json"
-    if known.exists() and not overwrite:
+    made = any(path.suffix in (".npz", ".safetensors") for path in out.glob("sub-*"))
+    if known.exists() and made and not overwrite:  # settings under which nothing could be made bind nobody
         before = json.loads(known.read_text())
         if before != facts:
             raise ValueError(
@@ -1033,7 +1066,7 @@ def _kept(path: Path, facts: dict, files: list) -> bool:
         return False
     return about.get("settings") == facts and about.get("files") == files and "starts" in arrays
 
-# %% ../nbs/03b_recordings.ipynb #b6361b8c
+# %% ../nbs/03b_recordings.ipynb #9524ff81
 def embed_files(
     model: nn.Module,
     paths: Sequence[str | Path],  # files, folders of recordings, stores
@@ -1048,19 +1081,21 @@ def embed_files(
     overwrite: bool = False,  # make everything anew, with other settings
     progress: bool = True,
     options: IngestOptions = IngestOptions(),  # noqa: B008 (frozen)
+    pattern: str | None = None,  # of folders: only files whose name or path matches
     **how: Any,  # carry, match_original: see `read_frames`
 ) -> EmbedReport:
     "Embeddings of many recordings. A file that fails is named and the others go on; killed, the same call resumes."
     from tqdm import tqdm
 
     out, spec = Path(out), spec_of(model, spec)
-    check_ending(Path(f"x{suffix}"))
+    check_ending(Path(f"x{suffix}")), check_batch_size(batch_size), move(model, device)
+    window_starts(spec.frames, spec.frames, stride)  # wrong calls fail now, and not once for every recording
     facts = dict(model=digest_of(model), stride=stride, patches=patches, suffix=suffix, fmri_book=__version__)
     facts |= dict(
         spec=asdict(spec) if is_dataclass(spec) else dict(vars(spec)), options=asdict(options), how=how
     )
     facts = json.loads(json.dumps(facts, default=str))
-    plan = _plan(paths, spec, options)
+    plan = _plan(paths, spec, options, pattern)
     _settle(out, facts, overwrite)
     rows = []
     for item in tqdm(plan, "embedding", unit="run", disable=None if progress else True):
@@ -1093,28 +1128,36 @@ def _one(item: _Planned, path: Path, facts: dict, do: Callable[[], RunEmbeddings
         row["reason"] = f"{type(error).__name__}: {error}"
     return row | {"seconds": round(time.time() - start, 2)}
 
-# %% ../nbs/03b_recordings.ipynb #2c6791e4
-def _write_tables(out: Path, rows: list[dict], suffix: str, facts: dict) -> None:
-    "report.csv of this call, and windows.parquet with the pooled embeddings of all recordings in the folder."
-    import pandas as pd
-
-    tables = []
+# %% ../nbs/03b_recordings.ipynb #15bfd62d
+def _tables(out: Path, rows: list[dict], suffix: str, facts: dict) -> Iterator[pd.DataFrame]:
+    "Of every recording in the folder that was made with these settings; torn files are added to the rows."
     for path in sorted(out.glob(f"sub-*{suffix}")):
         try:
             arrays, about = read_result(path, ["cls", "reg", "mean", "starts", "fresh"])
-        except ValueError as error:  # torn since; it is made anew when its recording is asked for
-            rows.append(
-                dict(key="", source=str(path), status="failed", windows=0, seconds=0.0, reason=str(error))
-            )
+        except ValueError as error:  # made anew when its recording is asked for
+            same = dict(key="", status="failed", windows=0, seconds=0.0)
+            rows.append(same | dict(source=str(path), reason=str(error)))
             continue
         if about.get("settings") == facts:
-            tables.append(
-                RunEmbeddings(patch=None, about=about, **{"cls": None, "reg": None} | arrays).table()
-            )
+            arrays = {"cls": None, "reg": None} | arrays
+            yield RunEmbeddings(patch=None, about=about, **arrays).table()
+
+
+def _write_tables(out: Path, rows: list[dict], suffix: str, facts: dict) -> None:
+    "windows.parquet with all recordings in the folder, one in memory at a time; report.csv of this call."
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = out / "windows.parquet"
+    path.unlink(missing_ok=True)
+    tables = _tables(out, rows, suffix, facts)
+    if (first := next(tables, None)) is not None:
+        first = pa.Table.from_pandas(first, preserve_index=False)
+        with atomic_path(path) as temporary, pq.ParquetWriter(temporary, first.schema) as file:
+            file.write_table(first)
+            for table in tables:
+                file.write_table(pa.Table.from_pandas(table, first.schema, preserve_index=False))
     with atomic_path(out / "report.csv") as temporary:
         columns = ["key", "status", "windows", "seconds", "reason", "source"]
         pd.DataFrame(rows, columns=columns).to_csv(temporary, index=False)
-    (out / "windows.parquet").unlink(missing_ok=True)
-    if tables:
-        with atomic_path(out / "windows.parquet") as temporary:
-            pd.concat(tables, ignore_index=True).to_parquet(temporary)

@@ -507,6 +507,10 @@ def test_denoising_equals_the_plain_mean_and_sd(people, kind, ratio, monkeypatch
     assert np.allclose(made.mean, np.nanmean(values, 0), atol=1e-5)
     assert np.allclose(made.sd, np.nanstd(values, 0, ddof=1), atol=1e-5)
     assert not np.isnan(made.mean).any() and not np.isnan(made.sd).any()
+    # what the page says of an SD over all samples, with 0 where a value was visible
+    zeros = ((np.nan_to_num(values) - np.nanmean(values, 0)) ** 2).sum(0) / made.count
+    n = made.count
+    assert np.allclose(zeros, ((n - 1) * made.sd**2 + (8 - n) * made.mean**2) / n, atol=1e-5)
     assert np.allclose(
         made.r2, plain_r2(made.target, made.mean, made.fresh[..., None] & (made.count > 0)), atol=1e-4
     )
@@ -874,3 +878,100 @@ def test_a_folder_of_fmriprep_is_found_whole(run, tmp_path):
     found = R.embed_run(Echo(parcels_spec(tr=1.0)), tmp_path, **QUIET)
     assert found.about["subject"] == "01" and found.about["n_frames"] == 79
     assert any("LAS" in n or "position" in n for n in found.about["notes"])
+
+
+# models of single pictures
+
+
+@pytest.mark.parametrize("space", ["flat", "schaefer100"])
+def test_models_of_single_pictures_take_windows_of_one_frame(people, run, space):
+    flat = space == "flat"
+    recording = run.replace(bold=run.bold[:20]) if flat else people[0].replace(bold=people[0].bold[:20])
+    spec = (flat_spec if flat else parcels_spec)(frames=1, tr=1.4)
+    image = dict(img_size=(224, 560), patch_size=56) if flat else dict(img_size=(100, 1), patch_size=1)
+    model = small_mae(spec, **image, num_frames=None, t_patch_size=None)
+    found, made = (
+        R.embed_run(model, recording, **QUIET),
+        R.reconstruct_run(model, recording, ratio=0.5, **QUIET),
+    )
+    (_, batch), *_ = R.open_windows(model, recording).batches(4)
+    pictures = batch["image"][:, :, 0] if flat else batch["signal"][:, 0, None, :, None]
+    inside = batch["mask"] if flat else None
+    with torch.no_grad():
+        expected = model.encoder(pictures, inside).embeddings.patch
+    assert len(found) == 20 and np.allclose(found.patch[:4], expected, atol=1e-5)
+    shown = R._columns(pictures, R.open_windows(model, recording))[:, 0].numpy()
+    assert made.target.shape[:2] == (20, 1) and np.array_equal(made.target[:4, 0], shown)
+    assert made.hidden.any((1, 2)).all() and not made.hidden.all()
+    assert R.denoise_run(model, recording, 4, ratio=0.5, **QUIET).count.min() >= 2
+    encoder = MaskedViT(**{k: v for k, v in model.encoder.config.items()}).eval()
+    encoder.load_state_dict(model.encoder.state_dict())
+    encoder.input_spec = spec
+    assert np.array_equal(R.embed_run(encoder, recording, **QUIET).patch, found.patch)
+
+
+def test_pictures_of_more_frames_than_the_model_reads_are_refused(people):
+    model = small_mae(parcels_spec(), img_size=(100, 1), num_frames=None, t_patch_size=None)
+    with pytest.raises(
+        ValueError, match=r"expected images of shape \(batch, 1, 100, 1\), found \(7, 1, 10, 100, 1\)"
+    ):
+        R.embed_run(model, people[0], **QUIET)
+
+
+# calls that cannot be meant fail before the first recording
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        (dict(batch_size=0), "expected a batch size from 1 up, found 0"),
+        (dict(stride=11), "expected a stride of 1 to 10"),
+        (dict(device="cuda:99"), "expected a device of this machine.*found 'cuda:99'"),
+        (dict(device="toaster"), "expected a device of this machine.*found 'toaster'"),
+    ],
+)
+def test_wrong_calls_stop_before_anything_is_written(bids, tmp_path, how, says):
+    with pytest.raises(ValueError, match=says):
+        R.embed_files(small_mae(parcels_spec()), [bids], tmp_path / "out", **how, **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_under_which_nothing_could_be_made_bind_nobody(people, tmp_path):
+    model, path = small_mae(parcels_spec()), tmp_path / "sub-01_atlas-schaefer100_timeseries.npy"
+    np.save(path, people[0].bold)  # no sidecar, so no TR
+    options = IngestOptions(source_space="schaefer100")
+    first = R.embed_files(model, [path], tmp_path / "out", options=options, **QUIET)
+    assert first.counts == {"failed": 1} and "--source-tr" in first.rows[0]["reason"]
+    told = IngestOptions(source_space="schaefer100", source_tr=1.4)
+    assert R.embed_files(model, [path], tmp_path / "out", options=told, **QUIET).counts == {"done": 1}
+    with pytest.raises(ValueError, match=r"expected the settings.*source_tr"):
+        R.embed_files(model, [path], tmp_path / "out", options=options, **QUIET)
+
+
+def test_a_pattern_chooses_among_the_files_of_a_folder(bids, model_folder, tmp_path, capsys):
+    assert program("embed", model_folder, bids, "-o", tmp_path / "o", "--pattern", "*sim-0002*") == 0
+    assert [p.name[:12] for p in (tmp_path / "o").glob("*.npz")] == ["sub-sim-0002"]
+    words = ("reconstruct", model_folder, bids, "-o", tmp_path / "r.npz", "--ratio", ".5")
+    assert program(*words, "--pattern", "*sim-0002*") == 0
+    assert R.RunReconstruction.load(tmp_path / "r.npz").about["subject"] == "sim-0002"
+
+
+def test_what_failed_is_said_in_the_words_of_the_shell(bids, tmp_path, capsys):
+    folder = small_mae(parcels_spec(space="schaefer200")).save_pretrained(tmp_path / "model")
+    assert program("embed", folder, bids, "-o", tmp_path / "o", "--json") == 1
+    told = json.loads(capsys.readouterr().out)["runs"]
+    assert len(told) == 3 and all("--carry" in r["reason"] and "carry=True" not in r["reason"] for r in told)
+
+
+def test_too_large_a_batch_names_the_remedy(people):
+    class Large(Echo):
+        def embed(self, batch):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"choose a smaller batch_size \(CUDA out of memory"):
+        R.embed_run(Large(parcels_spec()), people[0], **QUIET)
+
+
+def test_z_scored_maps_are_refused_by_models_of_raw_units(stores):
+    with pytest.raises(ValueError, match="expected flat maps in raw units, found .* z-scores"):
+        R.embed_run(Echo(flat_spec(zscore=False)), stores / "None", **QUIET)
