@@ -148,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     _prepare_parser(command("prepare", _prepare, "turn recordings into one data set; killed, it goes on"))
     _data_commands(command)
     _other_commands(command)
-    _recording_commands(command)
+    _embed_command(command)
+    _reconstruct_command(command)
     return parser
 
 # %% ../nbs/A2_command_line.ipynb #182999c0
@@ -230,7 +231,7 @@ def _of_model(add):
     add("--overwrite", action="store_true", help="replace what is there")
 
 # %% ../nbs/A2_command_line.ipynb #d0cd317a
-def _recording_commands(command):
+def _embed_command(command):
     add = (
         embed := command("embed", _embed, "recordings through a model: numbers for each window; resumes")
     ).add_argument
@@ -251,6 +252,9 @@ def _recording_commands(command):
     )
     _of_model(add)
     _reading(embed)
+
+# %% ../nbs/A2_command_line.ipynb #c430b6c9
+def _reconstruct_command(command):
     add = (
         rebuild := command("reconstruct", _reconstruct, "hide most of a recording and let a model fill it in")
     ).add_argument
