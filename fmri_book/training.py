@@ -610,7 +610,7 @@ def terms(self: MAERecipe, output: Any, batch: dict[str, Any]) -> Tensor:
     "Predicted pixels."
     return output.n_pixels
 
-# %% ../nbs/03a_training.ipynb #a5367600
+# %% ../nbs/03a_training.ipynb #722b7c83
 @patch
 def figure(self: MAERecipe, output: Any, title: str) -> Figure:
     "Input under its mask, prediction, and target of the first clip."
@@ -621,7 +621,7 @@ def figure(self: MAERecipe, output: Any, title: str) -> Figure:
     rows = {name: x.detach().float().cpu().numpy() for name, x in rows.items()}
     video = seen.shape[-1] > 1
     frames = range(0, seen.shape[0], max(1, seen.shape[0] // 4)) if video else [slice(None)]
-    figure = Figure(figsize=(2.4 * len(frames) + 1, 4), layout="constrained")
+    figure = Figure(figsize=(max(6, 2.4 * len(frames) + 1), 4.5), layout="constrained")
     axes = figure.subplots(len(rows), len(frames), squeeze=False)
     for row, (name, x) in zip(axes, rows.items()):
         for ax, frame in zip(row, frames):
@@ -679,7 +679,7 @@ class Options:
     def __post_init__(self):
         self.check()
 
-# %% ../nbs/03a_training.ipynb #5360cc38
+# %% ../nbs/03a_training.ipynb #9550b6a1
 @patch
 def check(self: Options) -> None:
     "Refuses values that cannot be meant."
@@ -688,7 +688,7 @@ def check(self: Options) -> None:
             f"training: expected precision from {', '.join(PRECISIONS)}, found {self.precision!r}"
         )
     for f in fields(self):
-        if getattr(self, f.name) is None and f.default is not None:
+        if getattr(self, f.name) is None and "None" not in f.type:
             raise ValueError(f"training: expected a value for {f.name}, found null")
     for name, low in _WHOLE.items():
         if (n := getattr(self, name)) is not None and (type(n) is not int or n < low):
@@ -807,7 +807,7 @@ def differences(
         if a.get(k, missing) != b.get(k, missing)
     ]
 
-# %% ../nbs/03a_training.ipynb #a408e84f
+# %% ../nbs/03a_training.ipynb #38dff45c
 class NonFinite(RuntimeError):
     "A loss or a gradient is not a number."
 
@@ -842,7 +842,7 @@ class TrainResult:
         "A row for each set and evaluation."
         return read_lines(self.folder / "evaluation.jsonl")
 
-
+# %% ../nbs/03a_training.ipynb #97744ed9
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     "Rows of a JSONL file; a last line that a killed process did not finish is left out."
     path = Path(path)
@@ -994,7 +994,7 @@ def _accelerator(options: Options):
         **track,
     )
 
-# %% ../nbs/03a_training.ipynb #ab01a092
+# %% ../nbs/03a_training.ipynb #97521c13
 @patch
 def _make_batches(self: Trainer) -> None:
     "The training data, and how many steps it makes."
@@ -1021,7 +1021,7 @@ def _make_batches(self: Trainer) -> None:
             f"training: expected best from the evaluation sets {', '.join(self.eval_data)}, found {o.best!r}"
         )
 
-
+# %% ../nbs/03a_training.ipynb #0fe14a97
 def _outlives_signals(worker: int) -> None:
     "A batch system signals every process of a job; workers go on until the process that they read for ends them."
     import multiprocessing
@@ -1039,7 +1039,7 @@ def _outlives_signals(worker: int) -> None:
 
     threading.Thread(target=wait, daemon=True).start()
 
-
+# %% ../nbs/03a_training.ipynb #adbd1eb3
 def _place(data: Any, rank: int, world: int) -> dict[str, int]:
     return {} if isinstance(data, IterableDataset) else {"rank": rank, "world": world}
 
@@ -1159,7 +1159,7 @@ def one_step(self: Trainer) -> dict[str, float]:  # the row of the log
     row |= {"grad_norm": norm, "data_seconds": round(self.waited, 6), "step_seconds": round(took, 6)}
     return row | {"clips_per_second": round(self.clips_a_step / took, 3)}
 
-# %% ../nbs/03a_training.ipynb #bd80e357
+# %% ../nbs/03a_training.ipynb #789d9fde
 @patch
 def _not_finite(self: Trainer, loss: float, norm: float) -> NonFinite:
     "Saves the batch and says where it is."
@@ -1186,7 +1186,7 @@ def _not_finite(self: Trainer, loss: float, norm: float) -> NonFinite:
         f"The batch ({runs}) is saved in {path}; the last checkpoint is from before it"
     )
 
-
+# %% ../nbs/03a_training.ipynb #c0264d08
 @patch
 def _may_skip(self: Trainer) -> bool:
     "In fp16 a gradient may overflow: the scaler skips the step and halves its factor, but not for ever."
@@ -1205,7 +1205,7 @@ def _average(self: Trainer) -> None:
         else:
             self.ema[name].copy_(value)
 
-# %% ../nbs/03a_training.ipynb #d959f92b
+# %% ../nbs/03a_training.ipynb #2041e3f6
 @patch
 def save(self: Trainer) -> Path:
     "A checkpoint of this step, by the first process; the oldest ones go."
@@ -1235,7 +1235,7 @@ def save(self: Trainer) -> Path:
     self.accelerator.wait_for_everyone()
     return path
 
-
+# %% ../nbs/03a_training.ipynb #189bd10e
 @patch
 def _note(self: Trainer, path: Path) -> Path:
     "Into a checkpoint that is there: what its evaluation has found."
@@ -1334,7 +1334,7 @@ def load(self: Trainer, path: Path) -> None:
     mine = {k.partition(":")[2]: v for k, v in chance.items() if k.startswith(f"{self.rank}:")}
     set_random_state(facts["random"][self.rank] | {"tensors": mine})
 
-# %% ../nbs/03a_training.ipynb #54864177
+# %% ../nbs/03a_training.ipynb #cff42506
 @patch
 @contextmanager
 def _evaluated_weights(self: Trainer) -> Iterator[None]:
@@ -1356,7 +1356,7 @@ def _evaluated_weights(self: Trainer) -> Iterator[None]:
             if self.pure:
                 self._refresh_copy()
 
-
+# %% ../nbs/03a_training.ipynb #29037f93
 @patch
 def _eval_loader(self: Trainer, data: Any) -> DataLoader:
     "Every clip once, over all processes; or as many as wanted, evenly spaced. Sharded models need all processes in step."
@@ -1409,7 +1409,7 @@ def _save_figure(self: Trainer, name: str, output: Any) -> None:
         figure.savefig(path, dpi=100)
         figure.clear()
 
-# %% ../nbs/03a_training.ipynb #087dcebc
+# %% ../nbs/03a_training.ipynb #453ad852
 @patch
 def evaluate_and_note(self: Trainer) -> None:
     "Evaluation, its rows, and whether this is the best so far; a signal leaves it undone."
@@ -1432,7 +1432,7 @@ def evaluate_and_note(self: Trainer) -> None:
         if math.isfinite(losses[name]) and losses[name] < self.best.get("loss", math.inf):
             self.best = {"set": name, "step": self.step, "loss": losses[name]}
 
-
+# %% ../nbs/03a_training.ipynb #3f117461
 @patch
 def _write(self: Trainer, name: str, rows: list[dict]) -> None:
     if self.main and rows:  # JSON has no word for infinity: null
@@ -1456,7 +1456,7 @@ def _cut_logs(self: Trainer) -> None:
         with atomic_path(self.folder / name) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-# %% ../nbs/03a_training.ipynb #2daadf45
+# %% ../nbs/03a_training.ipynb #1b703fd2
 @patch
 def run(self: Trainer) -> TrainResult:
     "All steps that are left."
@@ -1480,12 +1480,13 @@ def run(self: Trainer) -> TrainResult:
                 self._evaluate_and_save()
     return self._finish()
 
-
+# %% ../nbs/03a_training.ipynb #28537a70
 @patch
 def _evaluate_and_save(self: Trainer) -> None:
     "A checkpoint of this step is there already, or it is worth one, or a signal came meanwhile."
     before = self.best
     self.evaluate_and_note()
+    self.halt |= self.world == 1 and bool(self.stop)
     if self.saved == self.step or self.best != before or self.halt:
         self.save()
 

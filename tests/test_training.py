@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import training_toy  # noqa: F401 (registers its recipe)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from training_toy import ToyRecipe  # registers its recipe
 
 from fmri_book import mae
 from fmri_book import training as T
@@ -52,6 +53,15 @@ def store(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("training") / "store"
     write_store(source, folder, progress=False)
     return folder
+
+
+FIGURE = T.MAERecipe.figure
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    "Drawing takes most of the time of a tiny run; the test that is about figures puts them back."
+    monkeypatch.setattr(T.MAERecipe, "figure", lambda self, output, title: None)
 
 
 SMALL = {
@@ -261,7 +271,15 @@ def test_config_round_trip(small, tmp_path):
         ("nowhere.yaml", "key=value or a YAML file"),
         ({"data": 3}, "data"),
         ("device=tpu", "auto or cpu"),
-        ("ema=1.5", "ema from 0 to 1"),
+        ("ema=1.5", "ema as a number from 0 to 1"),
+        ("lr=fast", "lr as (a )?number"),
+        ("save_every=ten", "save_every as a whole number from 1 up"),
+        ("workers=-1", "workers as a whole number from 0 up"),
+        ("clip_grad=0", "clip_grad above 0, or null"),
+        ("weight_decay=-0.1", "weight_decay as a number from 0"),
+        ("batch_size=null", "a value for batch_size"),
+        ("betas=[0.9,1.5]", "two numbers"),
+        ("preset=gpu", "--preset gpu"),
         ("track=mlflow", "tensorboard"),
         ("betas=0.9", "betas"),
     ],
@@ -379,14 +397,18 @@ def test_a_run_is_the_obvious_loop(small):
 # ------------------------------------------------------------------------------------------------------- exact resume
 
 
-def interrupt_after(monkeypatch, recipe, calls):
-    "SIGTERM to this very process while the given forward pass is under way."
+def interrupt_after(monkeypatch, recipe, calls, evaluation=False):
+    """SIGTERM to this very process while the given forward pass is under way, of the training or an evaluation; and to
+    its workers, by somebody else, as a batch system would."""
     original, seen = recipe.inputs, []
 
     def inputs(self, batch, draw):
-        training = len(draw.place) == 3  # not an evaluation
-        seen.extend([draw] * training)
-        if training and len(seen) == calls:
+        asked = (len(draw.place) == 2) == evaluation
+        seen.extend([draw] * asked)
+        if asked and len(seen) == calls:
+            if workers := [str(child.pid) for child in multiprocessing.active_children()]:
+                subprocess.run(["kill", "-TERM", *workers], check=True)
+                time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch, draw)
 
@@ -401,7 +423,6 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("step", np.random.default_rng().choice(np.arange(1, 10), 2, replace=False).tolist())
 @pytest.mark.parametrize(
     "options",
     [
@@ -412,24 +433,48 @@ def same(a, b):
     ],
     ids=["chance", "accumulated-ema", "bf16", "pure"],
 )
-def test_resumed_is_uninterrupted(small, monkeypatch, options, step):
+def test_resumed_is_uninterrupted(small, monkeypatch, options):
+    "Stopped at two random steps; step 5 has an evaluation, which a stop leaves for later."
+    whole = T.train(small("whole", options))
+    for step in np.random.default_rng().choice(np.arange(1, 10), 2, replace=False).tolist():
+        name = f"part{step}"
+        with monkeypatch.context() as m:
+            interrupt_after(m, T.MAERecipe, step * options.get("accumulate", 1))
+            part = T.train(small(name, options))
+        assert (part.step, part.finished, part.stopped) == (step, False, "SIGTERM")
+        torch.manual_seed(99)
+        np.random.seed(99)
+        rest = T.train(small(name, options))
+        assert rest.finished and losses(rest) == losses(whole)
+        assert rest.evaluations == whole.evaluations and same(weights(rest), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("call", "step", "owed", "noted"),
+    [(1, 5, True, []), (2, 5, False, [5, 5]), (3, 10, True, [5, 5])],
+    ids=["between-sets", "at-its-end", "of-the-last-step"],
+)
+def test_a_signal_breaks_an_evaluation_off_and_it_is_made_up_for(small, monkeypatch, call, step, owed, noted):
+    options = {"batch_size": 8, "save_every": 100, "eval_clips": 8}
     whole = T.train(small("whole", options))
     with monkeypatch.context() as m:
-        interrupt_after(m, T.MAERecipe, step * options.get("accumulate", 1))
+        interrupt_after(m, T.MAERecipe, call, evaluation=True)
         part = T.train(small("part", options))
     assert (part.step, part.finished, part.stopped) == (step, False, "SIGTERM")
-    torch.manual_seed(99)
-    np.random.seed(99)
+    state = json.loads((T.checkpoints(part.folder)[-1] / "state.json").read_text())
+    assert (state["step"], state["owed"]) == (step, owed)
+    assert [r["step"] for r in part.evaluations] == noted and not (part.folder / "model").exists()
     rest = T.train(small("part", options))
-    assert rest.finished and losses(rest) == losses(whole)
-    assert rest.evaluations == whole.evaluations and same(weights(rest), weights(whole))
+    assert rest.finished and losses(rest) == losses(whole) and rest.evaluations == whole.evaluations
+    assert rest.best == whole.best and same(weights(rest), weights(whole))
 
 
 def test_workers_change_nothing(small, monkeypatch):
     alone = T.train(small("alone"))
     with monkeypatch.context() as m:
-        interrupt_after(m, T.MAERecipe, 7)
-        T.train(small("two", workers=2))
+        interrupt_after(m, T.MAERecipe, 7)  # the two workers get the signal as well
+        part = T.train(small("two", workers=2))
+    assert (part.step, part.stopped) == (7, "SIGTERM")
     assert losses(T.train(small("two", workers=1))) == losses(alone)
 
 
@@ -566,7 +611,8 @@ def test_the_weights_are_usable_at_once(small):
 # ---------------------------------------------------------------------------------------------- what a run leaves, says
 
 
-def test_log_evaluations_and_figures(small):
+def test_log_evaluations_and_figures(small, monkeypatch):
+    monkeypatch.setattr(T.MAERecipe, "figure", FIGURE)
     result = T.train(small())
     names = {"step", "epoch", "loss", "lr", "grad_norm", "data_seconds", "step_seconds", "clips_per_second"}
     assert all(set(row) == names for row in result.log) and len(result.log) == 10
@@ -604,16 +650,125 @@ def test_not_finite_stops_and_saves_the_batch(small, monkeypatch):
 
     monkeypatch.setattr(T.MAERecipe, "inputs", inputs)
     with pytest.raises(
-        T.NonFinite, match=r"step 3: .*loss nan.*inputs\.images.*nonfinite_step_3_rank_0\.safetensors"
+        T.NonFinite, match=r"step 4: .*loss nan.*inputs\.images.*nonfinite_step_4_rank_0\.safetensors"
     ) as error:
         T.train(small(save_every=1, eval_every=100))
-    file = Path(small().out) / "nonfinite_step_3_rank_0.safetensors"
+    assert T.read_lines(Path(small().out) / "log.jsonl")[-1]["step"] == 3  # the row of step 4 would be next
+    file = Path(small().out) / "nonfinite_step_4_rank_0.safetensors"
     saved = load_file(file)
     assert saved["batch.packed"].shape == (4, 16, 100) and saved["inputs.images"].isnan().sum() == 1
     words = json.loads(file.with_suffix(".json").read_text())["words"]
     assert words["key"][0] in str(error.value) and len(words["key"]) == 4
     good = load_file(T.checkpoints(small().out)[-1] / "model.safetensors")
     assert all(torch.isfinite(v).all() for v in good.values())
+
+
+def test_of_several_micro_batches_the_guilty_one_is_saved(toy, monkeypatch):
+    original, given = ToyRecipe.inputs, []
+
+    def inputs(self, batch, draw):
+        made = original(self, batch, draw)
+        if draw.place[:2] == (2, 1):
+            made["x"][3, 7] = math.inf
+            given.append(batch["index"])
+        return made
+
+    monkeypatch.setattr(ToyRecipe, "inputs", inputs)
+    with pytest.raises(T.NonFinite, match="step 3"):
+        T.train(toy(accumulate=3, batch_size=4))
+    saved = load_file(Path(toy().out) / "nonfinite_step_3_rank_0.safetensors")
+    assert torch.equal(saved["batch.index"], given[0]) and saved["inputs.x"][3, 7] == math.inf
+
+
+def test_infinity_is_null_in_the_log(toy):
+    trainer = T.Trainer(toy())
+    trainer._open_folder()
+    trainer._write("log.jsonl", [{"step": 1, "grad_norm": math.inf, "loss": float("nan"), "lr": 0.5}])
+    text = (trainer.folder / "log.jsonl").read_text()
+    found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found == {"step": 1, "grad_norm": None, "loss": None, "lr": 0.5}
+
+
+def test_half_precision_on_a_processor_is_refused_with_the_remedy(toy):
+    with pytest.raises(ValueError, match="a GPU for precision=fp16, found a CPU; precision=bf16"):
+        T.train(toy(precision="fp16"))
+
+
+def test_an_overflow_is_skipped_until_the_factor_is_used_up(toy):
+    "Accelerate has no fp16 on processors, torch's scaler has: factors above 1 may skip, 1 may not."
+    trainer = T.Trainer(toy())
+    assert not trainer._may_skip()
+    for scale, may in ((65536.0, True), (2.0, True), (1.0, False)):
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.accelerator.scaler.scale(torch.ones(1))  # the factor becomes a tensor at first use
+        assert trainer._may_skip() is may
+
+
+def test_overwrite_removes_what_a_run_left_and_nothing_else(toy):
+    result = T.train(toy(steps=3))
+    for name in ("nonfinite_step_2_rank_0.safetensors", "deepspeed/step_00000001/x", "mine.txt", "data/x"):
+        (result.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (result.folder / name).write_text("x")
+    T.Trainer(toy()).forget()
+    assert sorted(p.name for p in result.folder.iterdir()) == ["data", "mine.txt"]
+
+
+def test_pure_bfloat16_adds_micro_batches_up_in_float32(toy):
+    one = T.Trainer(toy(precision="bf16-pure", batch_size=4, accumulate=6))
+    one.waited = 0.0
+    one._forward_backward()
+    parts = []
+    again = T.Trainer(toy(precision="bf16-pure", batch_size=4, accumulate=6))
+    draws = [(next(again.batches), T.Draw((0, 0), (0, micro, 0))) for micro in range(6)]
+    for batch, draw in draws:
+        inputs = again.recipe.inputs(batch, draw)
+        output = again.worker(**inputs)
+        again.worker.zero_grad()
+        (output.loss * output.terms).backward()
+        parts.append([p.grad.float() for p in again.inner.parameters()])
+    n = sum(float(again.recipe.inputs(*d)["counted"].sum()) for d in draws)
+    for i, p in enumerate(one.model.parameters()):
+        expected = sum(g[i] for g in parts) / n
+        assert p.grad.dtype == torch.float32
+        assert torch.allclose(p.grad, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+    bits = [p.grad.ravel() for p in one.model.parameters()]
+    assert any(
+        not torch.equal(g, g.bfloat16().float()) for g in bits
+    )  # finer than a sum in bfloat16 could be
+
+
+def test_evaluation_in_pure_bfloat16_neither_crops_nor_draws(small):
+    trainer = T.Trainer(small(precision="bf16-pure"))
+    with trainer._evaluated_weights():
+        assert not trainer.model.training and not trainer.worker.training
+    assert trainer.model.training and trainer.worker.training
+
+
+def test_targets_without_principal_components_are_fitted_on_training_clips(small, monkeypatch):
+    options = {"target_norm": "pca", "pca_norm_nc": 3}
+    trainer = T.Trainer(small(model=options))
+    recipe, found = trainer.recipe, trainer.model.target_norm.components
+    everyone = recipe.training.table.subject if hasattr(recipe.training.table, "subject") else None
+    frames = []
+    numbers = np.linspace(0, len(recipe.training) - 1, min(64, len(recipe.training))).round().astype(int)
+    for n in numbers:
+        values = recipe.decoder.eval().decode(recipe.training.batch([int(n)]))["signal"]
+        frames.append(values[0, ::4])
+    frames = torch.cat(frames).double()
+    values, pictures = torch.linalg.eigh((frames - frames.mean(0)).T @ (frames - frames.mean(0)))
+    cosines = (found.flatten(1).double() @ pictures[:, -3:]).norm(dim=1)  # in the span of the leading ones
+    assert torch.allclose(cosines, torch.ones(3, dtype=torch.float64), atol=1e-4), everyone
+    held_out = recipe.sets["held out"]
+    monkeypatch.setattr(
+        type(held_out), "batch", lambda self, i: pytest.fail("read") if self is held_out else None
+    )
+    with pytest.raises((TypeError, KeyError, AttributeError)):
+        recipe._fit_target_norm()  # asks the training clips, which answer nothing here
+    monkeypatch.undo()
+    result = T.train(small("run2", model=options | {"pca_norm_nc": 3}, precision="bf16-pure"))
+    again = mae.MaskedAutoencoderViT.from_pretrained(result.folder / "model")
+    assert torch.equal(again.target_norm.components, found)  # in full precision beside bfloat16 weights
+    assert all(math.isfinite(x) for x in losses(result))
 
 
 def test_moving_average_by_hand(toy):
@@ -664,25 +819,20 @@ def free_port():
         return found.getsockname()[1]
 
 
-def in_two_processes(code):
-    "The same program twice, as ranks 0 and 1 of a gloo group."
-    both = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=both | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in (0, 1)
-    ]
-    told = [child.communicate(timeout=150)[1] for child in children]
-    assert all(child.returncode == 0 for child in children), "\n".join(told)
+def in_two_processes(program, *arguments):
+    "Through Accelerate; --multi_gpu is its name for one process per device by torchrun, device=cpu makes them processors."
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    command = [sys.executable, "-m", *launch, *map(str, program), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_two_processes_have_the_gradients_of_one(toy, small, tmp_path):
+def test_two_processes_have_the_gradients_of_one(toy, small, store, tmp_path):
     """Terms that differ between clips, processes and micro-batches; and the masked autoencoder; then whole runs.
-    At the end, in the same two processes: weights spread over them (FSDP2) are saved and loaded as named tensors."""
+    At the end, in the same two processes: weights spread over them (FSDP2) are saved and loaded as named tensors, and
+    the program `fmri-book train` makes a run, in which only the first process speaks."""
     from omegaconf import OmegaConf
 
     halves = {}
@@ -690,7 +840,8 @@ def test_two_processes_have_the_gradients_of_one(toy, small, tmp_path):
         config = make(f"two_{name}", batch_size=2, accumulate=2)
         halves[name] = str(tmp_path / f"{name}.yaml")
         Path(halves[name]).write_text(OmegaConf.to_yaml(config))
-    in_two_processes(
+    program = tmp_path / "program.py"
+    program.write_text(
         f"""
 import torch, training_toy
 from safetensors.torch import save_file
@@ -734,9 +885,17 @@ again = make(1, True)
 T.load_sharded_states(*again, *(T.read_checkpoint_file(__import__("pathlib").Path({str(tmp_path / "step")!r}) / f) for f in "wm"))
 for s in range(3, 6):
     assert step(*again, s) == step(*sharded, s)
+import sys
+from fmri_book import cli
+status = cli.main(sys.argv[1:])
 dist.destroy_process_group()
+sys.exit(status)
 """
     )
+    model = [f"model.{k}={v}" for k, v in SMALL["model"].items() if k != "patch_size"]
+    asked = [f"data.train={store}", "data.held_out=0.25", "steps=6", "batch_size=4", *model]
+    asked += ["model.patch_size=[4,1]", "eval_every=3", "device=cpu", "--out", tmp_path / "told"]
+    said = in_two_processes([program], "train", "mae", *asked)
     for name, make in (("toy", toy), ("mae", small)):
         config = make(f"one_{name}", batch_size=8)
         expected, _ = gradients(config)
@@ -750,16 +909,15 @@ dist.destroy_process_group()
         assert np.allclose(losses(two), losses(one), rtol=1e-4), name
         pairs = zip(two.evaluations, one.evaluations, strict=True)
         assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-3) for a, b in pairs), name
+    assert said.count("told: 6 steps") == 1, said
+    assert json.loads((tmp_path / "told" / "run.json").read_text())["processes"] == 2
+    one = T.train(small("one", steps=6, batch_size=8, eval_every=3))
+    assert np.allclose(losses(T.TrainResult(tmp_path / "told", 6, True)), losses(one), rtol=1e-4)
     with pytest.raises(ValueError, match="world"):
         T.train(toy("two_toy", batch_size=2, accumulate=2, steps=14), allow_changes=True)
 
 
 # --------------------------------------------------------------------------------------------------- the command line
-
-
-def program(*arguments, launch=()):
-    command = [sys.executable, "-m", *(launch or ("fmri_book.cli",)), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=150, check=False)
 
 
 def test_command_line_runs_resumes_and_refuses(store, tmp_path, capsys, monkeypatch):
@@ -804,26 +962,3 @@ def test_command_line_runs_resumes_and_refuses(store, tmp_path, capsys, monkeypa
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-
-
-def test_accelerate_launches_the_command(store, small, tmp_path):
-    "--multi_gpu is Accelerate's name for one process per device through torchrun; device=cpu makes them processors."
-    model = [f"model.{k}={v}" for k, v in SMALL["model"].items() if k != "patch_size"]
-    asked = [
-        f"data.train={store}",
-        "data.held_out=0.25",
-        "steps=6",
-        "batch_size=4",
-        *model,
-        "model.patch_size=[4,1]",
-    ]
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    folder = tmp_path / "two"
-    told = ("train", "mae", *asked, "eval_every=3", "device=cpu", "--out", folder)
-    done = program(*told, launch=(*launch, "-m", "fmri_book.cli"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("6 steps") == 1  # only the first process speaks
-    assert json.loads((folder / "run.json").read_text())["processes"] == 2
-    one = T.train(small("one", steps=6, batch_size=8, eval_every=3))
-    assert np.allclose(losses(T.TrainResult(folder, 6, True)), losses(one), rtol=1e-4)
