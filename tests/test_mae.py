@@ -987,7 +987,7 @@ def test_last_decoder_block_for_predicted_tokens_only(options):
     for block in decoder.blocks:
         y = block(y)
     preds = decoder.head(decoder.norm(y))[:, -7:]
-    near(out.preds, preds, 1e-5)
+    near(out.preds, preds, 1e-6)
     ((preds - model.grid.take(x, out.pred_ids)) ** 2).mean().backward()
     for name, p in model.named_parameters():
         near(found.get(name, torch.zeros_like(p)), p.grad if p.grad is not None else torch.zeros_like(p))
@@ -1002,7 +1002,7 @@ def test_attention_by_its_formula():
         at = slice(4 * head, 4 * head + 4)
         weights = torch.softmax(q[..., at] @ k[..., at].mT / 2, -1)
         parts.append(weights @ v[..., at])
-    near(attention(x, context), attention.proj(torch.cat(parts, -1)), 1e-5)
+    near(attention(x, context), attention.proj(torch.cat(parts, -1)), 1e-6)
     with pytest.raises(ValueError, match="a width that 5 heads divide, found 12"):
         M.Attention(12, 5)
 
@@ -1107,9 +1107,9 @@ def test_parcels():
     found = model.embed({"signal": x, "mask": cortex})
     expected = model.encoder(x[:, None, :, :, None], cortex[:, None]).embeddings
     assert found.patch.shape == (2, int(cortex.sum()), 24)
-    near(found.patch, expected.patch, 1e-5)
+    near(found.patch, expected.patch, 1e-6)
     each = model.embed({"signal": x, "mask": cortex.expand(2, -1)})
-    near(each.patch, found.patch, 1e-5)
+    near(each.patch, found.patch, 1e-6)
     tubes = random_masks("tube", 0.9, model.grid, cortex[:, None], 2)
     out = model(x[:, None, :, :, None], cortex[:, None], tubes, mask_ratio=None)
     shown = int((1 - 0.9) * n)  # 39, not 40, as published
@@ -1380,8 +1380,8 @@ def test_images_that_are_not_contiguous():
     turned = x.permute(4, 0, 3, 2, 1).contiguous().permute(1, 4, 3, 2, 0)
     assert not turned.is_contiguous()
     found = model(turned, mask.T, **tube())
-    near(found.preds, expected.preds, 1e-5)
-    near(found.pred_images, expected.pred_images, 1e-5)
+    near(found.preds, expected.preds, 1e-6)
+    near(found.pred_images, expected.pred_images, 1e-6)
     half = torch.stack([x, x], -1)[..., 0]
     near(model(half, mask.T, **tube()).loss, expected.loss, 1e-6)
     everywhere = mask.T.expand(2, 1, 4, 8, 12)
@@ -1394,7 +1394,7 @@ def test_one_sample_gives_what_it_gives_in_a_batch():
     model = make()
     both = model(clips(), torch.ones(8, 12), **tube())
     for i in range(2):
-        near(model(clips()[i : i + 1], **tube()).preds, both.preds[i : i + 1], 1e-6)
+        near(model(clips()[i : i + 1], **tube()).preds, both.preds[i : i + 1])
 
 
 def test_image_masks_that_differ_between_samples():
@@ -1420,7 +1420,7 @@ def test_compiled():
     found = compiled(clips(), mask, **tube())
     near(found.loss, expected.loss, 1e-6)
     assert torch.equal(found.pred_ids, expected.pred_ids)
-    near(found.pred_images, expected.pred_images, 1e-5)
+    near(found.pred_images, expected.pred_images, 1e-6)
     found.loss.backward()
     grads = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -2119,7 +2119,7 @@ def test_no_blocks():
     model = make(MaskedViT, depth=0, final_norm=False)
     found = model.embed({"image": clips()})
     embedded = model.patch_embed(model.grid.cut(clips())) + model.pos_embed.weight
-    near(found.patch, embedded, 1e-5)
+    near(found.patch, embedded, 1e-6)
     assert make(depth=0)(clips()).loss.isfinite()
     with pytest.raises(ValueError, match="decoder_depth from 1 up, found 0"):
         make(decoder_depth=0)
@@ -2146,7 +2146,7 @@ def test_samples_with_masks_of_their_own_are_embedded_as_many():
     found = model.embed({"image": clips(), "mask": inside})
     assert found.patch.shape == (2, 6, 24)
     alone = model.embed({"image": clips()[1:], "mask": inside[1:]})
-    near(found.patch[1:], alone.patch, 1e-5)
+    near(found.patch[1:], alone.patch, 1e-6)
 
 
 def test_the_ratio_counts_the_background():
