@@ -42,7 +42,7 @@ from torch import Tensor
 
 from fmri_book.clips import ClipDataset, ClipDecoder, clip_loader
 from fmri_book.formats import ShardIndex, write_shards
-from fmri_book.mae import mae_vit_small, random_masks
+from fmri_book.mae import SIZES, random_masks
 from fmri_book.storage import Layout, Record
 
 GRIDS = {"small": ((56, 140), 4860, 14), "published": ((224, 560), 77763, 56)}  # image, pixels inside, patch
@@ -101,17 +101,17 @@ def book_batches(shards: Path, workers: int, n: int) -> Iterator[dict]:
 class Epoch:
     "One way to train; calling it runs an epoch."
 
-    def __init__(self, shards: Path, mask: Tensor, patch: int, workers: int, low: bool, peer: types.SimpleNamespace | None):
+    def __init__(self, shards: Path, mask: Tensor, patch: int, workers: int, low: bool, peer: types.SimpleNamespace | None, model: str = "small"):
         self.shards, self.mask, self.patch, self.workers, self.peer = shards, mask, patch, workers, peer
         setting = dict(img_size=tuple(mask.shape), patch_size=patch, in_chans=1, num_frames=16, t_patch_size=4, t_pred_stride=2, pos_embed="sep")
         torch.manual_seed(0)
-        model = mae_vit_small(**setting)
+        name, model = f"mae_vit_{model}", SIZES[f"mae_vit_{model}"](**setting)
         self.grid = model.grid
         if peer is None:
             self.way = Book(model, mask, low)
             self.decoder = ClipDecoder(Layout.flat(mask.numpy()))
         else:
-            theirs = peer.models_mae.mae_vit_small(**setting)
+            theirs = getattr(peer.models_mae, name)(**setting)
             theirs.load_state_dict(model.state_dict())
             self.way = Peer(theirs, model.grid, mask, peer, low)
 
@@ -181,7 +181,7 @@ def measure(grid: str, peer: types.SimpleNamespace, options: argparse.Namespace)
         add("largest difference of a clip's image", "book and peer", apart, "SD")
         for kind in options.precision:
             low = kind == "bfloat16"
-            ways = {who: Epoch(shards, mask, patch, options.workers, low, None if who == "book" else peer) for who in ("peer", "book")}
+            ways = {who: Epoch(shards, mask, patch, options.workers, low, None if who == "book" else peer, options.model) for who in ("peer", "book")}
             found: dict[str, list[dict]] = {who: [] for who in ways}
             for turn in range(options.rounds + 1):
                 for who in ("peer", "book") if turn % 2 else ("book", "peer"):
@@ -211,6 +211,7 @@ def main() -> list[dict]:
     parser.add_argument("--peer", default="_build/peer", help="folder with the installed peer")
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--model", default="small", choices=["small", "d3"], help="d3: where the step is no longer nearly all")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="epochs of each way")
     parser.add_argument("--batches", type=int, default=24, help="steps of an epoch")
@@ -227,7 +228,7 @@ def main() -> list[dict]:
         span = f"[{r['low']:.3g}, {r['high']:.3g}]" if r["low"] != "" else ""
         print(f"{r['grid']:<11}{r['what']:<50}{r['way']:<16}{r['value']:>10.4g} {r['unit']:<4}{span:<18} load {r['load_1_and_5_min']}")
     if options.table:
-        setting = f"simulated noise, {RUNS} runs × {FRAMES} frames; ViT-S, 160 patches a clip, batch {BATCH}, {options.batches} steps an epoch, seed 0"
+        setting = f"simulated noise, {RUNS} runs × {FRAMES} frames; mae_vit_{options.model}, 160 patches a clip, batch {BATCH}, {options.batches} steps an epoch, seed 0"
         write_rows(options.table, rows, f"command: {shlex.join(['python', *sys.argv])}", where, setting, options.append)
     if options.check and (bad := missed(rows)):
         raise SystemExit(f"expected {'; '.join(bad)}: not met")

@@ -33,6 +33,15 @@ ENVIRONMENT = os.environ | {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "As in the processes that the tests start: with more threads, sums are rounded in another order."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Recordings(list):
     pass
 
