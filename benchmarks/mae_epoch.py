@@ -169,7 +169,7 @@ def measure(grid: str, peer: types.SimpleNamespace, options: argparse.Namespace)
     mask = simulated_mask(*size, pixels)
     rows: list[dict] = []
     add = lambda what, way, value, unit="", low="", high="", n="": rows.append(
-        dict(what=what, grid=grid, way=way, value=value, unit=unit, low=low, high=high, rounds=n, load_1_and_5_min=" ".join(f"{x:.1f}" for x in os.getloadavg()[:2]))
+        dict(what=what, grid=grid if options.model == "small" else f"{grid}, mae_vit_{options.model}", way=way, value=value, unit=unit, low=low, high=high, rounds=n, load_1_and_5_min=" ".join(f"{x:.1f}" for x in os.getloadavg()[:2]))
     )
     with tempfile.TemporaryDirectory() as name:
         shards = Path(name) / "shards"
