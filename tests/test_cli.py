@@ -339,20 +339,35 @@ def test_lists(run, what, names):
     assert status == 0 and names in out and names in json.loads(run("list", what, "--json")[1])
 
 
+def interrupted(command: list, out: Path, stop: signal.Signals) -> tuple[int, str]:
+    "Status and messages of a preparation that was told to stop once its journal was there."
+    process = subprocess.Popen(
+        [*command[:5], out, *command[5:]],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    while not (partial_folder(out) / "journal.jsonl").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(stop)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
 def test_ctrl_c_leaves_what_is_done_and_says_how_to_go_on(bids, tmp_path):
+    command = [sys.executable, "-m", "fmri_book.cli", "prepare", bids, "--to", "schaefer100"]
     for stop in (signal.SIGINT, signal.SIGTERM):
-        out = tmp_path / f"out{stop}"
-        command = [sys.executable, "-m", "fmri_book.cli", "prepare", bids, out, "--to", "schaefer100"]
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-        )
-        while not (partial_folder(out) / "journal.jsonl").exists():
-            time.sleep(0.002)
-        process.send_signal(stop)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
+        for attempt in range(
+            5
+        ):  # on a busy machine all may be done before this process wakes up to send the signal
+            out = tmp_path / f"out{stop}-{attempt}"
+            status, err = interrupted(command, out, stop)
+            if status != 0:
+                break
+        assert status == 130 and "the same command goes on" in err and "Traceback" not in err
         assert not out.exists() and not verify(partial_folder(out)).ok
-    assert program(*command[3:]).returncode == 0 and verify(out).ok
+    assert program("prepare", bids, out, "--to", "schaefer100").returncode == 0 and verify(out).ok
 
 
 def test_paths_that_a_terminal_cannot_show(bids, tmp_path):
