@@ -253,7 +253,7 @@ class Draw:
     def _seeded(*words: int, device: Any = "cpu") -> torch.Generator:
         return torch.Generator(device).manual_seed(int(hashed_uniform(*words)[0] * 2**53))
 
-# %% ../nbs/03a_training.ipynb #01ff91e8
+# %% ../nbs/03a_training.ipynb #2c1eb33e
 class Recipe:
     "What the loop must know of a family of models. Register a subclass with `@recipe(name)`."
 
@@ -294,7 +294,19 @@ class Recipe:
         "What an evaluation shows of its first batch."
         return None
 
-# %% ../nbs/03a_training.ipynb #678889f0
+    def blank(self, name: str) -> Tensor | None:
+        "Zeros for what the evaluation of this set adds up beside its loss; None: nothing."
+        return None
+
+    def sums(self, name: str, output: Any, batch: dict[str, Any]) -> Tensor:
+        "This batch's share of it: added over batches and processes."
+        raise NotImplementedError
+
+    def measures(self, name: str, sums: Tensor) -> dict[str, float]:
+        "Numbers for the row of this set, from the sums; asked in the first process only."
+        raise NotImplementedError
+
+# %% ../nbs/03a_training.ipynb #a50f8cf0
 RECIPES: dict[str, type[Recipe]] = {}
 
 
@@ -309,16 +321,21 @@ def recipe(name: str) -> Callable[[type[Recipe]], type[Recipe]]:
     return register
 
 
+_LATER = dict.fromkeys(
+    ("brainlm", "brainlm-finetune"), "fmri_book.brainlm_training"
+)  # chapters after this one
+
+
 def find_recipe(
     name: str,  # 'mae', or 'package.module:name' of one that registers itself when imported
 ) -> type[Recipe]:
     "The recipe of that name."
     module, _, short = name.rpartition(":")
-    if module:
+    if module := module or _LATER.get(name, ""):
         importlib.import_module(module)
     if short not in RECIPES:
         raise ValueError(
-            f"training: expected a recipe from {', '.join(RECIPES)} or package.module:name, found {name!r}"
+            f"training: expected a recipe from {', '.join(dict.fromkeys([*RECIPES, *_LATER]))} or package.module:name, found {name!r}"
         )
     return RECIPES[short]
 
@@ -908,7 +925,7 @@ def load_optimizer_tensors(
         {"state": {i: state[n] for i, n in enumerate(order) if n in state}, "param_groups": groups}
     )
 
-# %% ../nbs/03a_training.ipynb #0a4c5afe
+# %% ../nbs/03a_training.ipynb #3ae2ac56
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -924,6 +941,7 @@ def write_checkpoint(
     path: Path,  # the folder to be
     tensors: dict[str, dict[str, Tensor]],  # file -> name -> tensor
     facts: dict[str, Any],  # for state.json
+    texts: Mapping[str, str] | None = None,  # further files -> what they say
 ) -> None:
     "All files in a temporary folder, then one rename: a checkpoint is there whole, or not at all."
     from safetensors.torch import save_file
@@ -931,7 +949,8 @@ def write_checkpoint(
     with atomic_path(path, folder=True) as temporary:
         for name, state in tensors.items():
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, temporary / name)
-        (temporary / "state.json").write_text(json.dumps(facts))
+        for name, text in {**(texts or {}), "state.json": json.dumps(facts)}.items():
+            (temporary / name).write_text(text)
 
 
 def read_checkpoint_file(path: Path) -> dict[str, Tensor]:
@@ -945,7 +964,7 @@ def read_checkpoint_file(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a file of a checkpoint, found one that cannot be read ({error})"
         ) from error
 
-# %% ../nbs/03a_training.ipynb #518ce2bc
+# %% ../nbs/03a_training.ipynb #1582ed1f
 class Trainer:
     "A run: model, optimiser, data, and where it is. `train` makes one and runs it."
 
@@ -956,7 +975,7 @@ class Trainer:
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.folder, self.step, self.best, self.stop, self.halt = Path(self.options.out), 0, {}, "", False
-        self.seconds, self.owed, self.saved = {"data": 0.0, "step": 0.0}, False, -1
+        self.seconds, self.owed, self.saved, self.measured = {"data": 0.0, "step": 0.0}, False, -1, {}
         if self.main:
             self.recipe.prepare()
         self.accelerator.wait_for_everyone()
@@ -1205,7 +1224,7 @@ def _average(self: Trainer) -> None:
         else:
             self.ema[name].copy_(value)
 
-# %% ../nbs/03a_training.ipynb #2041e3f6
+# %% ../nbs/03a_training.ipynb #b22706e6
 @patch
 def save(self: Trainer) -> Path:
     "A checkpoint of this step, by the first process; the oldest ones go."
@@ -1229,13 +1248,20 @@ def save(self: Trainer) -> Path:
         facts |= {"seconds": self.seconds, "owed": self.owed}
         facts["scaler"] = scaler.state_dict() if scaler else None
         facts["random"] = [{k: v for k, v in state.items() if k != "tensors"} for state in randoms]
-        write_checkpoint(path, tensors, facts)
+        write_checkpoint(path, tensors, facts, self._settings_of_model())
     self.saved = self.step
     self._forget_old()
     self.accelerator.wait_for_everyone()
     return path
 
-# %% ../nbs/03a_training.ipynb #189bd10e
+# %% ../nbs/03a_training.ipynb #3479c514
+@patch
+def _settings_of_model(self: Trainer) -> dict[str, str]:
+    "config.json of models of transformers: with it, a checkpoint can be read as a model, and says how its input was scaled."
+    config = getattr(self.model, "config", None)
+    return {"config.json": config.to_json_string()} if hasattr(config, "to_json_string") else {}
+
+
 @patch
 def _note(self: Trainer, path: Path) -> Path:
     "Into a checkpoint that is there: what its evaluation has found."
@@ -1376,15 +1402,16 @@ def _eval_loader(self: Trainer, data: Any) -> DataLoader:
         worker_init_fn=_outlives_signals,
     )
 
-# %% ../nbs/03a_training.ipynb #7535e86c
+# %% ../nbs/03a_training.ipynb #eec1564b
 @patch
 @torch.no_grad()
 def evaluate(self: Trainer) -> dict[str, float]:  # loss by set
-    "The mean loss of each evaluation set; the same masks every time."
-    losses = {}
+    "The mean loss of each evaluation set; the same masks every time. Whatever else the recipe measures is in `.measured`."
+    losses, self.measured = {}, {}
     with self._evaluated_weights():
         for number, (name, data) in enumerate(self.eval_data.items()):
-            sums = self._zeros()
+            sums, more = self._zeros(), self.recipe.blank(name)
+            more = None if more is None else more.to(sums)
             for i, batch in enumerate(self._eval_loader(data)):
                 if self.stop and self.world == 1:
                     raise _Interrupted
@@ -1392,10 +1419,15 @@ def evaluate(self: Trainer) -> dict[str, float]:  # loss by set
                 output = (self.worker if self.sharded else self.inner)(**self.recipe.inputs(batch, draw))
                 terms = self.recipe.terms(output, batch).to(sums)
                 sums += torch.stack([output.loss.to(sums) * terms, terms])
+                if more is not None:
+                    more += self.recipe.sums(name, output, batch).to(more)
                 if i == 0 and self.main:
                     self._save_figure(name, output)
             weighted, terms = self.accelerator.reduce(sums, "sum").tolist()
             losses[name] = weighted / max(terms, 1e-30)
+            if more is not None:
+                more = self.accelerator.reduce(more, "sum").cpu()
+                self.measured[name] = self.recipe.measures(name, more) if self.main else {}
     return losses
 
 
@@ -1409,7 +1441,7 @@ def _save_figure(self: Trainer, name: str, output: Any) -> None:
         figure.savefig(path, dpi=100)
         figure.clear()
 
-# %% ../nbs/03a_training.ipynb #453ad852
+# %% ../nbs/03a_training.ipynb #194ecf72
 @patch
 def evaluate_and_note(self: Trainer) -> None:
     "Evaluation, its rows, and whether this is the best so far; a signal leaves it undone."
@@ -1425,6 +1457,7 @@ def evaluate_and_note(self: Trainer) -> None:
                 f"training: the loss of evaluation set {name!r} is {loss} at step {self.step}", stacklevel=2
             )
     rows = [{"step": self.step, "set": name, "loss": loss} for name, loss in losses.items()]
+    rows = [row | self.measured.get(row["set"], {}) for row in rows]
     self._write("evaluation.jsonl", rows)
     self._track({f"loss/{name}": loss for name, loss in losses.items()})
     if losses:
