@@ -1692,7 +1692,15 @@ def _label_volume(image, path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(nib.apply_orientation(values, turn)).astype(np.int32), affine
 
 # %% ../nbs/01c_ingest.ipynb #44eb696c
-_SIDE_IN_NAME = re.compile(r"(?i)(?:^|[_\-. ])(?P<side>lh|rh|l|r|left|right)(?=$|[_\-. ])")
+_SIDES = [
+    re.compile(rf"(?i)(?:^|[_\-. ])(?P<side>{words})(?=$|[_\-. ])") for words in ("lh|rh|left|right", "l|r")
+]
+
+
+def _side_in_name(name: str) -> str:
+    "'L' or 'R'; lh and rh count before a single letter: 'HIP-head-l-rh' is the lateral head on the right."
+    found = next((m for pattern in _SIDES if (m := pattern.search(name))), None)
+    return found["side"][0].upper() if found else ""
 
 
 def _atlas_space(path: Path, numbers, names: list[str], labels, xyz) -> Space:
@@ -1703,9 +1711,8 @@ def _atlas_space(path: Path, numbers, names: list[str], labels, xyz) -> Space:
         coords = np.stack([np.bincount(index, xyz[:, k], len(numbers)) / count for k in range(3)], 1).astype(
             np.float32
         )
-    matches = [_SIDE_IN_NAME.search(name) for name in names]
     by_place = np.where(np.nan_to_num(coords[:, 0]) < 0, "L", "R")
-    side = np.array([m["side"][0].upper() if m else by_place[i] for i, m in enumerate(matches)])
+    side = np.array([_side_in_name(name) or by_place[i] for i, name in enumerate(names)])
     network = np.array([next((n for n in NETWORKS if f"_{n}" in name), "") for name in names])
     name = re.sub(r"(\.dlabel)?\.nii(\.gz)?$", "", path.name)
     return Space(

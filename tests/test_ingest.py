@@ -1038,6 +1038,8 @@ def test_published_atlases(tmp_path, name, n):
     if n == 450:
         assert not atlas.space.network[:50].any() and atlas.space.network[50:].all()
         assert np.array_equal(atlas.space.network[50:], data.parcel_networks(400))
+        x = atlas.space.coords[:, 0]  # 'HIP-head-l-rh' is on the right
+        assert np.array_equal(atlas.space.hemisphere[np.abs(x) > 3], np.where(x < 0, "L", "R")[np.abs(x) > 3])
 
 
 def test_a_header_to_distrust():
