@@ -949,6 +949,7 @@ def denoise_run(
 # %% ../nbs/03b_recordings.ipynb #2203996b
 FAMILIES = {  # name on the command line -> for embeddings, for predictions
     "mae": ("fmri_book.mae:MaskedViT", "fmri_book.mae:MaskedAutoencoderViT"),
+    "brainlm": ("fmri_book.brainlm:BrainLMModel", "fmri_book.brainlm:BrainLMForPretraining"),
 }
 
 
