@@ -1,0 +1,208 @@
+"""BrainLM on real recordings: 60 sessions of 24 people (OpenNeuro ds000220, Schaefer-1000), pretrained and fine-tuned from
+one end to the other, and asked who is who.
+
+    python benchmarks/brainlm_tbi.py --data tbi_schaefer1000_60sessions.npz \\
+        --coordinates Schaefer2018_1000Parcels_7Networks_order_FSLMNI152_2mm.Centroid_RAS.csv --table results/brainlm_tbi.csv
+
+The file has one array (volumes, 1000 parcels) for each key such as TBI01_ses-2. For every seed, a quarter of the people is
+held out from pretraining, from the scaler and from fine-tuning. Fingerprinting: each session looks for its nearest neighbour
+among all sessions of all people but itself, and finds the right person or does not. Intervals: 95 %, bootstrap over people.
+The group (patients, controls) was processed separately from the other: that row measures processing as well as people."""
+
+import argparse, csv, datetime, os, platform, re, sys, tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import numpy as np
+import torch
+
+import fmri_book  # noqa: F401  (before transformers)
+from fmri_book.brainlm import BrainLMForPretraining
+from fmri_book.brainlm_training import connectivity_features, prediction_scores
+from fmri_book.data import zscore
+from fmri_book.splits import make_split
+from fmri_book.storage import Layout, Record, Store, write_store
+from fmri_book.training import make_config, train
+
+MODEL = {
+    "num_timepoints_per_voxel": 48,
+    "timepoint_patching_size": 16,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+}
+MODEL |= {"num_attention_heads": 2, "intermediate_size": 64, "mask_ratio": 0.5, "xyz_scale": 0.02}
+TR = 2.0
+
+
+class Recordings(list):
+    layout = Layout.of("schaefer1000")
+
+
+def records(path: Path) -> Recordings:
+    "Each parcel z-scored over its run, the group as phenotype."
+    made = Recordings()
+    with np.load(path, allow_pickle=False) as file:
+        for key in sorted(file.files):
+            group, number, session = re.fullmatch(r"([A-Z]+)(\d+)_ses-(\d+)", key).groups()
+            meta = {"phenotypes": {"group": group}}
+            made.append(Record(zscore(file[key]), TR, f"{group}{number}", session, "rest", meta=meta))
+    return made
+
+
+def nearest(features: np.ndarray, people: np.ndarray) -> np.ndarray:  # (sessions,) bool
+    "Whether each session's nearest neighbour (correlation) among all others is of the same person."
+    z = features - features.mean(1, keepdims=True)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    alike = z @ z.T
+    np.fill_diagonal(alike, -np.inf)
+    return people[alike.argmax(1)] == people
+
+
+def interval(hits: np.ndarray, people: np.ndarray, n: int = 2000) -> tuple[float, float]:
+    rng, own = np.random.default_rng(0), [hits[people == p] for p in np.unique(people)]
+    draws = [np.concatenate([own[i] for i in rng.integers(0, len(own), len(own))]).mean() for _ in range(n)]
+    return tuple(np.quantile(draws, [0.025, 0.975]))
+
+
+@torch.inference_mode()
+def embeddings(model: BrainLMForPretraining, store: Store) -> dict[str, np.ndarray]:
+    "Of each session: class token and mean of the others, over windows that cover it; the same centred over the sessions."
+    cls, mean, frames = [], [], model.config.num_timepoints_per_voxel
+    for record in store:
+        starts = np.linspace(0, record.n_frames - frames, -(-record.n_frames // frames)).round().astype(int)
+        signal = torch.from_numpy(
+            np.stack([record.values[s : s + frames] for s in starts]).astype(np.float32)
+        )
+        found = model.embed({"signal": signal})
+        cls.append(found.cls.mean((0, 1)).numpy())
+        # one mean for each parcel: the mean over all parcels would forget where
+        mean.append(found.patch.unflatten(1, (-1, signal.shape[2])).mean((0, 1)).flatten().numpy())
+    per_parcel = np.stack(mean)
+    mean = per_parcel.reshape(len(per_parcel), signal.shape[2], -1).mean(1)
+    found = {"CLS": np.stack(cls), "mean of tokens": mean, "tokens, parcel by parcel": per_parcel}
+    return {f"{k}{c}": x - x.mean(0) * (c != "") for k, x in found.items() for c in ("", ", centred")}
+
+
+def one_seed(
+    store: Store, coordinates: Path, work: Path, seed: int, steps: int, tuned: int, batch: int
+) -> list[dict]:
+    people = store.index["subject"].to_numpy(str)
+    table = store.index[["subject", "session"]].assign(group=[p.rstrip("0123456789") for p in people])
+    split = make_split(table, {"train": 0.75, "validation": 0.25}, stratify="group", seed=seed)
+    split.save(work / f"split{seed}.json")
+    data = {
+        "train": str(store.path),
+        "split": str(work / f"split{seed}.json"),
+        "oversample": 8.0,
+        "coordinates": str(coordinates),
+    }
+    same = {"seed": seed, "progress": False, "batch_size": batch, "device": "cpu", "eval_clips": 12}
+    options = {"out": str(work / f"pretrained{seed}"), "steps": steps, "eval_every": steps, "lr": 2e-3}
+    run = train(make_config("brainlm", "ci", {"data": data, "model": MODEL}, same, options))
+    apart, rows = np.isin(people, split.subjects("validation")), []
+    for e in run.evaluations:
+        for what in ("r2", "r2_lines"):
+            who = {"r2": "BrainLM", "r2_lines": "straight lines"}[what]
+            rows.append(
+                dict(
+                    what=f"R², {e['set']}",
+                    rival=who,
+                    value=e[what],
+                    n=int(apart.sum() if "held" in e["set"] else (~apart).sum()),
+                )
+            )
+    rivals = {"connectivity": connectivity_features(store, range(len(store)))}
+    for name, x in (rivals | embeddings(run.model, store)).items():
+        hits = nearest(x, people)
+        for where, mine in (("all people", np.ones_like(apart)), ("held-out people", apart)):
+            low, high = interval(hits[mine], people[mine])
+            rows.append(
+                dict(
+                    what=f"fingerprint, {where}",
+                    rival=name,
+                    value=hits[mine].mean(),
+                    low=low,
+                    high=high,
+                    n=int(mine.sum()),
+                )
+            )
+    target = {"columns": ["group"], "kind": "classification"}
+    for method in ("probe", "full"):
+        asked = {
+            "pretrained": str(run.folder),
+            "method": method,
+            "head": "linear" if method == "probe" else "mlp",
+        }
+        options = {"out": str(work / f"{method}{seed}"), "steps": tuned, "eval_every": tuned, "lr": 1e-3}
+        done = train(
+            make_config(
+                "brainlm-finetune",
+                "ci",
+                {"data": data, "model": asked, "target": target},
+                same | {"eval_clips": None},
+                options,
+            )
+        )
+        found = prediction_scores(done.folder / "predictions" / "held-out.csv", classify=True)
+        for r in found.itertuples():
+            if r.rival == "model" or method == "probe":
+                rival = f"BrainLM, {method}" if r.rival == "model" else r.rival
+                rows.append(
+                    dict(
+                        what=f"group, held-out people, {r.score}",
+                        rival=rival,
+                        value=r.value,
+                        low=r.low,
+                        high=r.high,
+                        n=r.recordings,
+                    )
+                )
+    return [{"seed": seed} | r for r in rows]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="tbi_schaefer1000_60sessions.npz")
+    parser.add_argument("--coordinates", type=Path, required=True, help="centroids of the 1000 parcels (CSV)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tuned", type=int, default=60, help="steps of fine-tuning")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--table", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    same = dict(
+        preset="2 layers of 32, 3 blocks of 16 frames",
+        steps=asked.steps,
+        device=f"{platform.machine()} CPU, one thread",
+    )
+    same |= dict(
+        date=str(datetime.date.today()),
+        command="python " + " ".join([f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
+    )
+    names = ("what", "rival", "seed", "value", "low", "high", "n")
+    made = []
+    with tempfile.TemporaryDirectory() as work:
+        store = write_store(records(asked.data), Path(work) / "store", dtype="float16", progress=False)
+        for seed in range(asked.seeds):
+            made += one_seed(
+                store, asked.coordinates, Path(work), seed, asked.steps, asked.tuned, asked.batch
+            )
+            for row in (r for r in made if r["seed"] == seed):
+                print(row, flush=True)
+            if asked.table:
+                with open(asked.table, "w", newline="") as file:
+                    writer = csv.DictWriter(file, [*names, *same])
+                    writer.writeheader()
+                    for row in made:
+                        told = {
+                            k: round(float(row[k]), 4)
+                            if k in ("value", "low", "high") and k in row
+                            else row.get(k, "")
+                            for k in names
+                        }
+                        writer.writerow(told | same)
+
+
+if __name__ == "__main__":
+    main()
