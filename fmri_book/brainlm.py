@@ -28,9 +28,9 @@ from transformers.utils import ModelOutput, logging
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'ATTENTION', 'PRESETS', 'BrainLMConfig', 'sinusoid', 'BrainLMEmbeddings', 'draw_mask', 'block_causal',
-           'block_attention', 'dense_attention', 'flex_attention', 'BrainLMAttention', 'BrainLMLayer', 'check_scaled',
-           'check_coordinates', 'BrainLMOutput', 'BrainLMModel', 'masked_error', 'BrainLMForPretraining', 'BlockCache',
-           'BrainLMPrediction', 'BrainLMForFinetuning', 'BrainLMPreset']
+           'block_attention', 'dense_attention', 'BlockByBlock', 'flex_attention', 'BrainLMAttention', 'BrainLMLayer',
+           'check_scaled', 'check_coordinates', 'BrainLMOutput', 'BrainLMModel', 'masked_error',
+           'BrainLMForPretraining', 'BlockCache', 'BrainLMPrediction', 'BrainLMForFinetuning', 'BrainLMPreset']
 
 # %% ../nbs/04_brainlm.ipynb #29a189d6
 ACTIVATIONS = {
@@ -303,7 +303,20 @@ def block_causal(
         allowed[:, 0] = True
     return allowed
 
-# %% ../nbs/04_brainlm.ipynb #decb24c2
+# %% ../nbs/04_brainlm.ipynb #92ed2aba
+def _reads(tokens: int, parcels: int, open_cls: bool, rows: int | None = None) -> list[tuple[slice, slice]]:
+    "Rows of queries, and the keys that they all may read: the class token, then each block, in pieces of at most `rows` rows."
+    first, step = 0 if open_cls else 1, min(parcels, rows or parcels)
+    starts = [
+        (row, block + parcels)
+        for block in range(1, tokens, parcels)
+        for row in range(block, block + parcels, step)
+    ]
+    return [(slice(0, 1), slice(0, tokens))] + [
+        (slice(row, min(row + step, end)), slice(first, end)) for row, end in starts
+    ]
+
+
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -313,15 +326,17 @@ def block_attention(
     dropout: float = 0.0,
 ) -> Tensor:  # the same shape
     "Exact block-causal attention without a mask: each block of queries meets just the keys that it may read."
-    first = 0 if open_cls else 1
-    parts = [F.scaled_dot_product_attention(q[:, :, :1], k, v, dropout_p=dropout)]
-    for start in range(1, q.shape[2], parcels):
-        end = start + parcels
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], dropout_p=dropout
-            )
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # read once for each block: worth lying in a row
+    own = q.device.type == "cpu" and (0 < dropout < 1 or q.dtype == torch.bfloat16)
+    if own and not torch.compiler.is_compiling():
+        heads = [x.flatten(0, 1) for x in (q * q.shape[-1] ** -0.5, k, v)]
+        return BlockByBlock.apply(*heads, _reads(q.shape[2], parcels, open_cls, 256), dropout).unflatten(
+            0, q.shape[:2]
         )
+    parts = [
+        F.scaled_dot_product_attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], dropout_p=dropout)
+        for rows, keys in _reads(q.shape[2], parcels, open_cls)
+    ]
     return torch.cat(parts, 2)
 
 
@@ -332,7 +347,56 @@ def dense_attention(
     allowed = block_causal((q.shape[2] - 1) // parcels, parcels, open_cls, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
 
-# %% ../nbs/04_brainlm.ipynb #dcfbe3e5
+# %% ../nbs/04_brainlm.ipynb #5e82231b
+def _shares(q: Tensor, k: Tensor, reads: list[tuple[slice, slice]], dropout: float, seed: int):
+    """Of one head and one piece after the other: head, rows, keys, how much each row listens to each key, and what dropout keeps
+    of it (1 or 0; None without dropout). Both are overwritten by the next; the same seed drops the same."""
+    most = max(rows.stop - rows.start for rows, _ in reads) * q.shape[1]
+    space, spare = q.new_empty(most), q.new_empty(most if dropout else 0)
+    chance, bits = torch.Generator().manual_seed(seed), torch.empty(-(-most // 4), dtype=torch.int64)
+    for head in range(len(q)):
+        for rows, keys in reads:
+            asks, answers, kept = q[head, rows], k[head, keys], None
+            n = len(asks) * len(answers)
+            p = torch.mm(asks, answers.T, out=space[:n].view(len(asks), len(answers)))
+            torch.softmax(p, -1, out=p)
+            if dropout:  # 16 random bits decide: five times as fast as a Bernoulli draw for each
+                drawn = bits[: -(-n // 4)].random_(-(2**63), None, generator=chance).view(torch.int16)[:n]
+                kept = torch.ge(drawn, round(dropout * 2**16) - 2**15, out=spare[:n]).view_as(p)
+            yield head, rows, keys, p, kept
+
+# %% ../nbs/04_brainlm.ipynb #4b80c096
+class BlockByBlock(torch.autograd.Function):
+    "softmax(q k') v, dropout included, with the scores of one head and some rows at a time; the gradient makes them anew."
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")  # as it is, also under autocast
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, reads: list, dropout: float) -> Tensor:
+        "(batch * heads, L, d) three times; `reads` from `_reads`; dropout from 0, below 1 -> (batch * heads, L, d)"
+        dropout = min(round(dropout * 2**16), 2**16 - 1) / 2**16  # what 16 bits can say
+        ctx.save_for_backward(q, k, v)
+        ctx.how = reads, dropout, int(torch.randint(2**62, ())) if dropout else 0
+        out = torch.empty_like(q)
+        for head, rows, keys, p, kept in _shares(q, k, *ctx.how):
+            torch.mm(p if kept is None else kept.mul_(p), v[head, keys], out=out[head, rows])
+        return out.div_(1 - dropout)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v), (reads, dropout, seed) = ctx.saved_tensors, ctx.how
+        grad, dq, dk, dv = grad / (1 - dropout), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        space = q.new_empty(max(rows.stop - rows.start for rows, _ in reads) * q.shape[1])
+        for head, rows, keys, p, kept in _shares(q, k, reads, dropout, seed):
+            used, g = p if kept is None else kept.mul_(p), grad[head, rows]
+            dv[head, keys].addmm_(used.T, g)
+            ds = torch.mm(g, v[head, keys].T, out=space[: p.numel()].view_as(p)).mul_(used)
+            ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)  # gradient of the shares, then of the scores
+            torch.mm(ds, k[head, keys], out=dq[head, rows])
+            dk[head, keys].addmm_(ds.T, q[head, rows])
+        return dq, dk, dv, None, None
+
+# %% ../nbs/04_brainlm.ipynb #94c133a1
 @lru_cache(maxsize=8)
 def _flex_mask(tokens: int, parcels: int, open_cls: bool, device: str) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
@@ -375,7 +439,7 @@ def _attention_of(kind: str, q: Tensor, dropout: float) -> Any:
         kind = "flex" if q.is_cuda and fits and not dropout else "blocks"
     return {"blocks": block_attention, "flex": flex_attention, "dense": dense_attention}[kind]
 
-# %% ../nbs/04_brainlm.ipynb #e2141994
+# %% ../nbs/04_brainlm.ipynb #6db73c19
 class BrainLMAttention(nn.Module):
     "Queries, keys and values of all tokens, and who reads whom."
 
@@ -430,7 +494,7 @@ class BrainLMLayer(GradientCheckpointingLayer):
         x = x + self.dropout(self.attn_output(context))
         return x + self.dropout(self.ffn_output(self.act(self.intermediate(self.layernorm_after(x)))))
 
-# %% ../nbs/04_brainlm.ipynb #e99fcee6
+# %% ../nbs/04_brainlm.ipynb #e74ab6e3
 def _named(parcels: Tensor, names: Sequence[str] | None = None) -> str:
     numbers = parcels.flatten().nonzero().flatten().tolist()
     shown = ", ".join(str(i) if names is None else f"{i} ({names[i]})" for i in numbers[:5])
@@ -469,7 +533,7 @@ def check_scaled(
             "apply it, and keep it in the model's config (BrainLMConfig.for_data)"
         )
 
-# %% ../nbs/04_brainlm.ipynb #7a51bb29
+# %% ../nbs/04_brainlm.ipynb #8ffc3e58
 def _check_shape(xyz: Tensor, parcels: int, where: str) -> None:
     if xyz.ndim not in (2, 3) or xyz.shape[-2:] != (parcels, 3):
         raise ValueError(
@@ -500,7 +564,7 @@ def check_coordinates(
             f"{where}: expected millimetres within 250 of the origin, found numbers up to {flat.abs().max():.3g}"
         )
 
-# %% ../nbs/04_brainlm.ipynb #033efc42
+# %% ../nbs/04_brainlm.ipynb #c38fc35e
 @dataclass
 class BrainLMOutput(ModelOutput):
     "What a forward pass gives."
@@ -575,7 +639,7 @@ def _refuse(others: Mapping[str, Any]) -> None:
             f"brainlm: expected signal_vectors, xyz_vectors, mask, labels, missing or generator, found {', '.join(wrong)}"
         )
 
-# %% ../nbs/04_brainlm.ipynb #98b01c15
+# %% ../nbs/04_brainlm.ipynb #e4409eed
 class BrainLMModel(_BrainLMBase):
     "Tokens, layers, and a last normalisation; no predictions."
 
@@ -607,7 +671,7 @@ class BrainLMModel(_BrainLMBase):
             last_hidden_state=self.layernorm(x), mask=None if mask is None else mask.to(x.device).bool()
         )
 
-# %% ../nbs/04_brainlm.ipynb #2f619dd0
+# %% ../nbs/04_brainlm.ipynb #723780f9
 @patch
 def _inputs(
     self: BrainLMModel,
@@ -689,7 +753,7 @@ def _coordinates(self: BrainLMModel, xyz: Tensor | None, parcels: int) -> Tensor
         check_coordinates(xyz, parcels)
     return xyz
 
-# %% ../nbs/04_brainlm.ipynb #c716e433
+# %% ../nbs/04_brainlm.ipynb #281ebde1
 def masked_error(
     predicted: Tensor,  # (B, V, N, P)
     target: Tensor,  # (B, V, N, P)
@@ -723,7 +787,7 @@ class BrainLMForPretraining(_BrainLMBase):
         )
         self.post_init()
 
-# %% ../nbs/04_brainlm.ipynb #c1a61e6d
+# %% ../nbs/04_brainlm.ipynb #47cc65ed
 @patch
 def forward(
     self: BrainLMForPretraining,
@@ -772,7 +836,7 @@ def forward(
         )
     return BrainLMOutput(loss, logits, found.last_hidden_state, found.mask, points)
 
-# %% ../nbs/04_brainlm.ipynb #66f58b6d
+# %% ../nbs/04_brainlm.ipynb #6b0a7358
 @patch
 def scaled(
     self: _BrainLMBase,
@@ -855,7 +919,7 @@ def input_spec(self: _BrainLMBase) -> InputSpec | None:
         return None
     return InputSpec(c.space, "", c.num_timepoints_per_voxel, c.tr, "none", None, c.zscore, c.layout)
 
-# %% ../nbs/04_brainlm.ipynb #a13834fb
+# %% ../nbs/04_brainlm.ipynb #bc33bdc1
 @dataclass
 class BlockCache:
     "Keys and values of the blocks read so far, layer by layer: later blocks cannot change them."
@@ -919,7 +983,7 @@ def _check_cache(self: BrainLMModel, cache: BlockCache | None, batch: int, parce
             f"brainlm: expected up to {most} time blocks, found {cache.blocks + new}; start again with the latest blocks only"
         )
 
-# %% ../nbs/04_brainlm.ipynb #5997886e
+# %% ../nbs/04_brainlm.ipynb #14ad3d23
 @dataclass
 class BrainLMPrediction(ModelOutput):
     "What a fine-tuned model gives."
@@ -948,7 +1012,7 @@ class _MLPHead(nn.Module):
             x = F.relu(self.dropout(layer(x)))
         return self.lin3(x)
 
-# %% ../nbs/04_brainlm.ipynb #5540d7a7
+# %% ../nbs/04_brainlm.ipynb #e19a803a
 class BrainLMForFinetuning(_BrainLMBase):
     "BrainLM with a head for one number, several, or a class, of a whole window."
 
@@ -980,7 +1044,7 @@ class BrainLMForFinetuning(_BrainLMBase):
         kind, cls, mean = self.config.pooling, hidden[:, 0], hidden[:, 1:].mean(1)
         return cls if kind == "cls" else mean if kind == "mean" else torch.cat([cls, mean], -1)
 
-# %% ../nbs/04_brainlm.ipynb #504c9793
+# %% ../nbs/04_brainlm.ipynb #7bd7cc44
 @patch
 def forward(
     self: BrainLMForFinetuning,
@@ -1010,7 +1074,7 @@ def forward(
     loss, known = (self._class_loss if classes else self._number_loss)(logits, labels, centre, scale)
     return BrainLMPrediction(loss, logits, predictions, hidden, known)
 
-# %% ../nbs/04_brainlm.ipynb #7208fc8a
+# %% ../nbs/04_brainlm.ipynb #f97888ed
 @patch
 def _target_scaling(self: BrainLMForFinetuning, like: Tensor) -> tuple[Tensor, Tensor]:
     n, c = self.config.num_targets, self.config
@@ -1083,7 +1147,7 @@ def _class_loss(
     count = known.sum() if weights is None else weights[labels[known]].sum()
     return total / count.clamp(min=1e-12), known.sum()
 
-# %% ../nbs/04_brainlm.ipynb #df901a13
+# %% ../nbs/04_brainlm.ipynb #23954a64
 _HEADS = ("mlp_pred_head.", "linear_head.")
 _MAY_BE_NEW = {"BrainLMForFinetuning": _HEADS}  # they start fresh on a pretrained body
 _MAY_BE_LEFT = {"BrainLMForFinetuning": ("pred_head.",), "BrainLMModel": ("pred_head.", *_HEADS)}
@@ -1143,7 +1207,7 @@ AutoConfig.register("brainlm", BrainLMConfig, exist_ok=True)
 AutoModel.register(BrainLMConfig, BrainLMModel, exist_ok=True)
 AutoModelForPreTraining.register(BrainLMConfig, BrainLMForPretraining, exist_ok=True)
 
-# %% ../nbs/04_brainlm.ipynb #846afe34
+# %% ../nbs/04_brainlm.ipynb #ed87ca00
 @dataclass(frozen=True)
 class BrainLMPreset:
     "A named size of this chapter: the model, the data, the training."
