@@ -33,11 +33,12 @@ from .splits import Scaler
 from .storage import Layout, Record, atomic_path
 
 # %% auto #0
-__all__ = ['PIXEL_SCALE', 'TRAIN_MODES', 'KNOWN_FILES', 'check_coordinates', 'check_signal', 'BrainLMMAEConfig', 'BlockPositions',
-           'BlockEmbeddings', 'AddNorm', 'ConvolvedAttention', 'PostNormLayer', 'kept_tokens', 'BlockEncoder',
-           'BlockDecoder', 'BrainLMMAEOutput', 'BrainLMMAE', 'masked_error', 'Canvas', 'y_order', 'Task',
-           'ChosenPatches', 'picture_positions', 'BrainLMViTMAEConfig', 'BrainLMViTMAE', 'published_name', 'Published',
-           'read_published', 'LoadReport', 'load_published', 'read_coordinates', 'DatRuns', 'reconstruct']
+__all__ = ['PIXEL_SCALE', 'TRAIN_MODES', 'KNOWN_FILES', 'VARIANTS', 'check_coordinates', 'check_signal', 'BrainLMMAEConfig',
+           'BlockPositions', 'BlockEmbeddings', 'AddNorm', 'ConvolvedAttention', 'PostNormLayer', 'kept_tokens',
+           'BlockEncoder', 'BlockDecoder', 'BrainLM2024Output', 'BrainLMMAE', 'masked_error', 'Canvas', 'y_order',
+           'Task', 'ChosenPatches', 'picture_positions', 'BrainLMViTMAEConfig', 'BrainLMViTMAE', 'published_name',
+           'Published', 'read_published', 'LoadReport', 'load_published', 'read_coordinates', 'DatRuns',
+           'normalisation_2024', 'reconstruct']
 
 # %% ../nbs/04a_brainlm_2024.ipynb #e9d32f84
 _DATA_FIELDS: dict[str, Any] = dict(
@@ -98,7 +99,7 @@ def check_coordinates(
         )
     return xyz
 
-# %% ../nbs/04a_brainlm_2024.ipynb #744c685c
+# %% ../nbs/04a_brainlm_2024.ipynb #be59c083
 def check_signal(
     signal: Tensor,  # (batch, parcels, time)
     n_parcels: int,
@@ -121,8 +122,9 @@ def check_signal(
             f"brainlm: expected finite numbers, found NaN or infinity in {int((~finite).sum())} parcels (first: sample {b}, parcel {v}): interpolate it, or leave the recording out"
         )
     x = signal.detach().float()
-    low, middle, high = torch.quantile(x, torch.tensor([0.25, 0.5, 0.75], device=x.device), dim=-1)
-    if (flat := x.amax(-1) == x.amin(-1)).any():
+    ranked = x.sort(-1).values
+    low, middle, high = (ranked[..., k * (n_frames - 1) // 4] for k in (1, 2, 3))
+    if (flat := ranked[..., 0] == ranked[..., -1]).any():
         b, v = flat.nonzero()[0].tolist()
         raise ValueError(
             f"brainlm: expected parcels that move, found {int(flat.sum())} constant (first: sample {b}, parcel {v}): no published BrainLM knows a missing parcel; fill it in, or leave the recording out"
@@ -207,7 +209,7 @@ def _check_sizes(c: BrainLMMAEConfig) -> None:
     if problems:
         raise ValueError(f"brainlm_mae: expected {'; '.join(problems)}")
 
-# %% ../nbs/04a_brainlm_2024.ipynb #6a9b5f3d
+# %% ../nbs/04a_brainlm_2024.ipynb #43378b3a
 class BlockPositions(nn.Module):
     "Sines and cosines of a block's number. They are in the published files, so they are a persistent buffer."
 
@@ -237,7 +239,8 @@ class BlockEmbeddings(nn.Module):
         blocks: Tensor,  # (batch, parcels, blocks, time points)
         xyz: Tensor,  # (batch or 1, parcels, 3) mm
     ) -> Tensor:  # (batch, parcels · blocks, width)
-        x = self.signal_embedding_projection(blocks) + self.xyz_embedding_projection(xyz)[:, :, None]
+        place = self.xyz_embedding_projection(xyz.to(blocks))
+        x = self.signal_embedding_projection(blocks) + place[:, :, None]
         return self.pos_embedding(x).flatten(1, 2)
 
 # %% ../nbs/04a_brainlm_2024.ipynb #b1c97a80
@@ -288,7 +291,7 @@ class PostNormLayer(nn.Module):
         x = self.attention["output"](self.attention["self"](x), x)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #cfde70b1
+# %% ../nbs/04a_brainlm_2024.ipynb #d7a8bf21
 def kept_tokens(
     noise: Tensor,  # (batch, tokens) random numbers, one for each token
     n_kept: int,
@@ -303,6 +306,16 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator | None, device) 
     "Drawn where the generator lives, so that the numbers do not depend on the device."
     where = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=where).to(device)
+
+
+def _as_mask(mask, shape: tuple[int, ...], device) -> Tensor:  # bool, of this shape
+    mask = torch.as_tensor(mask, device=device).bool()
+    try:
+        return mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"brainlm: expected a mask that broadcasts to {shape}, found {tuple(mask.shape)}"
+        ) from None
 
 
 def _n_kept(ratio: float, tokens: int) -> int:
@@ -330,7 +343,7 @@ class BlockEncoder(nn.Module):
             x = layer(x)
         return self.layernorm(x)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #d2ab4c41
+# %% ../nbs/04a_brainlm_2024.ipynb #0ddd43be
 class BlockDecoder(nn.Module):
     "From the kept tokens to predictions of all."
 
@@ -355,16 +368,16 @@ class BlockDecoder(nn.Module):
         if ids is not None:
             places = self.mask_token.expand(len(x), math.prod(shape), -1)
             x = places.scatter(1, ids[..., None].expand(-1, -1, width), x)
-        x = x.unflatten(1, shape) + self.decoder_xyz_projection(xyz)[:, :, None]
+        x = x.unflatten(1, shape) + self.decoder_xyz_projection(xyz.to(x))[:, :, None]
         x = torch.cat([cls, self.pos_embedding(x).flatten(1, 2)], 1)
         for layer in self.decoder_layers:
             x = layer(x)
         x = self.decoder_pred2(F.leaky_relu(self.decoder_pred1(self.decoder_norm(x)[:, 1:]), 0.1))
         return (x.tanh() if self.tanh else x).unflatten(1, shape)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #480eed01
+# %% ../nbs/04a_brainlm_2024.ipynb #37e166a3
 @dataclass
-class BrainLMMAEOutput(ModelOutput):
+class BrainLM2024Output(ModelOutput):
     "What the published families return."
 
     loss: Tensor | None = None  # over hidden points; None if nothing was hidden
@@ -388,7 +401,7 @@ class _Published:
 
     def predict(
         self, signal_vectors: Tensor, xyz_vectors: Tensor | None = None, **options
-    ) -> BrainLMMAEOutput:
+    ) -> BrainLM2024Output:
         "A forward pass without dropout and without gradients; hides only what the options ask for."
         before = self.training
         self.eval()
@@ -423,7 +436,7 @@ class BrainLMMAE(_Published, PreTrainedModel):
             token = module.cls_token if isinstance(module, BlockEmbeddings) else module.mask_token
             nn.init.normal_(token, std=self.config.initializer_range)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #fd631767
+# %% ../nbs/04a_brainlm_2024.ipynb #45239e76
 @patch
 def _hidden(
     self: BrainLMMAE,
@@ -440,7 +453,7 @@ def _hidden(
     "Which tokens stay, in which order."
     batch, tokens = shape[0], shape[1] * shape[2]
     if mask is not None:
-        hidden = torch.as_tensor(mask, device=device).bool().expand(shape).flatten(1)
+        hidden = _as_mask(mask, shape, device).flatten(1)
         n_hidden = hidden.sum(1)
         if (n_hidden != n_hidden[0]).any() or n_hidden[0] == tokens:
             raise ValueError(
@@ -463,7 +476,7 @@ def _hidden(
     ids = kept_tokens(noise, n_kept, legacy)
     return ids, torch.ones(batch, tokens, dtype=torch.bool, device=device).scatter(1, ids, False)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #d5366e98
+# %% ../nbs/04a_brainlm_2024.ipynb #b421f7e1
 def masked_error(
     prediction: Tensor,
     target: Tensor,
@@ -489,7 +502,7 @@ def forward(
     mask_ratio: float | None = None,  # None: the configured one in training, 0 in evaluation
     generator: torch.Generator | None = None,
     legacy: bool | None = None,  # True: kept tokens in shuffled order, and a mask always
-) -> BrainLMMAEOutput:
+) -> BrainLM2024Output:
     "Predictions of all blocks from those that are not hidden."
     c = self.config
     legacy = c.legacy if legacy is None else legacy
@@ -501,9 +514,9 @@ def forward(
     logits = self.decoder(latent, xyz, ids, shape[1:])
     hidden = hidden.view(shape)
     loss = masked_error(logits, blocks, hidden[..., None], c.loss_fn)
-    return BrainLMMAEOutput(loss, logits, latent, hidden)
+    return BrainLM2024Output(loss, logits, latent, hidden)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #2e018389
+# %% ../nbs/04a_brainlm_2024.ipynb #fbd1575e
 @patch
 def _checked(self: _Published, signal: Tensor, xyz: Tensor | None) -> tuple[Tensor, Tensor]:
     "Signal (batch, parcels, time) and coordinates (batch or 1, parcels, 3), checked, where the model is."
@@ -513,8 +526,10 @@ def _checked(self: _Published, signal: Tensor, xyz: Tensor | None) -> tuple[Tens
     xyz = torch.as_tensor(xyz)
     if c.check_input:
         check_signal(signal, c.num_brain_voxels, c.num_timepoints_per_voxel)
-    xyz = (xyz[None] if xyz.ndim == 2 else xyz).to(weight) * getattr(c, "xyz_scale", 1.0)
-    return signal.to(weight), xyz
+    xyz = (xyz[None] if xyz.ndim == 2 else xyz).to(weight.device) * getattr(c, "xyz_scale", 1.0)
+    return signal.to(
+        weight
+    ), xyz  # coordinates keep their precision: in bfloat16 more parcels would share a Y
 
 
 @patch
@@ -635,12 +650,12 @@ def task(
     zeroed = slice(start, min(first * self.patch, end)) if mode == "predict_last_pixel" else slice(0, 0)
     return Task(patches, zeroed, counted)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #e5c1884c
+# %% ../nbs/04a_brainlm_2024.ipynb #f67276ed
 class ChosenPatches(ViTMAEEmbeddings):
     "ViT-MAE's embeddings, with patches chosen from outside: those whose noise is infinite are hidden, the rest stays in order."
 
-    def random_masking(self, sequence: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = noise.isinf()
+    def random_masking(self, sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = sequence.new_zeros(sequence.shape[:2], dtype=torch.bool) if noise is None else noise.isinf()
         n_kept = sequence.shape[1] - int(hidden[0].sum())
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)
         kept = order[:, :n_kept, None].expand(-1, -1, sequence.shape[-1])
@@ -678,7 +693,7 @@ class BrainLMViTMAEConfig(_OwnData, ViTMAEConfig):
         "How recordings become pictures."
         return Canvas(self.num_brain_voxels, self.num_timepoints_per_voxel, self.patch_size)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #f4ae0e38
+# %% ../nbs/04a_brainlm_2024.ipynb #a0185696
 class BrainLMViTMAE(_Published, ViTMAEForPreTraining):
     "BrainLM on pictures: ViT-MAE (He et al. 2022) on sorted, padded recordings, as published in vitmae_111M and vitmae_650M."
 
@@ -699,11 +714,11 @@ class BrainLMViTMAE(_Published, ViTMAEForPreTraining):
         return torch.stack([y_order(one.cpu()) for one in xyz]).to(xyz.device)
 
     def picture(self, signal: Tensor, order: Tensor) -> Tensor:  # (batch, 3, parcels, frames)
-        "Sorted, divided, in three channels."
+        "Sorted, divided, the same in each channel."
         rows = signal.gather(1, order[..., None].expand(len(signal), -1, signal.shape[-1]))
-        return (rows / PIXEL_SCALE)[:, None].expand(-1, 3, -1, -1)
+        return (rows / PIXEL_SCALE)[:, None].expand(-1, self.config.num_channels, -1, -1)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #7f3aed46
+# %% ../nbs/04a_brainlm_2024.ipynb #c58d0c2e
 @patch
 def _hidden(
     self: BrainLMViTMAE,
@@ -731,7 +746,7 @@ def _hidden(
         hidden, counted = task.patches.flatten(), task.counted
         return hidden.expand(batch, -1).to(device), counted.expand(batch, -1, -1).to(device), task.zeroed
     if mask is not None:
-        hidden = torch.as_tensor(mask, device=device).bool().expand(batch, c.grid, c.grid).flatten(1)
+        hidden = _as_mask(mask, (batch, c.grid, c.grid), device).flatten(1)
         if (hidden.sum(1) != hidden[0].sum()).any() or hidden[0].all():
             raise ValueError(
                 f"brainlm_vitmae: expected a mask that hides as many patches in each sample, and not all, found {hidden.sum(1).tolist()}"
@@ -754,7 +769,7 @@ def _hidden(
     pixels = hidden.view(-1, c.grid, c.grid).repeat_interleave(c.patch, 1).repeat_interleave(c.patch, 2)
     return hidden, pixels[:, *c.window], slice(0, 0)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #74d4f6b2
+# %% ../nbs/04a_brainlm_2024.ipynb #83bf46af
 @patch
 def forward(
     self: BrainLMViTMAE,
@@ -768,7 +783,7 @@ def forward(
     noise: Tensor | None = None,  # (batch, grid²): the patches with the largest are hidden
     mask_ratio: float | None = None,
     generator: torch.Generator | None = None,
-) -> BrainLMMAEOutput:
+) -> BrainLM2024Output:
     "Predictions of the whole recording. For pixel_values they, and the mask, stay rows of the picture."
     if train_mode not in (None, *TRAIN_MODES):
         raise ValueError(
@@ -790,7 +805,7 @@ def forward(
     if order is not None:
         back = order.argsort(1)[..., None].expand(len(pixels), -1, c.frames)
         pixels, counted = pixels.gather(1, back) * PIXEL_SCALE, counted.gather(1, back)
-    return BrainLMMAEOutput(loss, pixels, latent, counted)
+    return BrainLM2024Output(loss, pixels, latent, counted)
 
 
 @patch
@@ -812,9 +827,7 @@ def embed(self: BrainLMViTMAE, batch: dict[str, Any]) -> Embeddings:
     try:
         signal, xyz = self._checked(given["signal_vectors"], given["xyz_vectors"])
         square = self.config.canvas.pad(self.picture(signal, self._order(xyz)))
-        x = self.vit(
-            square, noise=square.new_zeros(len(square), self.config.canvas.grid**2)
-        ).last_hidden_state
+        x = self.vit(square).last_hidden_state
     finally:
         self.train(before)
     return Embeddings(x[:, :1], None, x[:, 1:][:, self.config.canvas.filled.flatten().to(x.device)])
@@ -972,7 +985,7 @@ def _image_facts(found: Published, facts: dict[str, Any]) -> tuple[dict[str, Any
         )
     return {"patch_size": patch, "image_size": side}, notes
 
-# %% ../nbs/04a_brainlm_2024.ipynb #7a88940c
+# %% ../nbs/04a_brainlm_2024.ipynb #d7481691
 @patch(cls_method=True)
 def from_pretrained(
     cls: _Published,
@@ -1011,6 +1024,12 @@ def from_pretrained(
     state, more = _fitted(model, found)
     load_strictly(model, state, str(folder))
     n = sum(v.numel() for v in state.values())
+    if config.scaler is None:
+        more.append(
+            "no scaler: the published medians and ranges were never released, so signals must come scaled"
+        )
+    if config.coordinates is None:
+        more.append("no coordinates: pass xyz_vectors in mm, in the order of the atlas")
     model.load_report = LoadReport(
         str(folder), found.family, len(state), n, found.sha256, tuple(notes + more)
     )
@@ -1108,7 +1127,47 @@ class DatRuns:
                 )
             yield Record(values, self.tr, subject, run=path.stem)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #276302b4
+# %% ../nbs/04a_brainlm_2024.ipynb #71b7501f
+_OVER = {  # min-max variants: from one recording (its own), or from all; over which axes
+    "All_Patient_All_Voxel": (False, None), "Per_Patient_All_Voxel": (True, None),
+    "Per_Patient_Per_Voxel": (True, 0), "Per_Voxel_All_Patient": (False, 0),
+}  # fmt: skip
+_DIVISORS = {
+    "Subtract_Mean_Divide_Global_STD": 41.44047,
+    "Subtract_Mean_Divide_Global_99thPercent": 111.13143061224855,
+}
+VARIANTS = (*_OVER, *_DIVISORS)
+
+
+def normalisation_2024(
+    variant: str,  # one of VARIANTS; the published columns add _Normalized_Recording
+    source=None,  # gives Records; needed for the variants over all patients
+    subjects: Sequence[
+        str
+    ] = (),  # whose statistics; the original takes those of each split, also of the test set
+) -> Callable[[np.ndarray], np.ndarray]:  # (time, parcels) -> the same, normalised
+    "A normalisation of the published conversion script. The divisors are its fixed numbers, of data we do not have."
+    if variant not in VARIANTS:
+        raise ValueError(f"brainlm: expected one of {', '.join(VARIANTS)}, found {variant!r}")
+    if variant in _DIVISORS:
+        return lambda x: ((x - x.mean(0)) / _DIVISORS[variant]).astype(np.float32)
+    own, axis = _OVER[variant]
+    if own:
+        return lambda x: _to_unit(x, x.min(axis), x.max(axis))
+    wanted = [r.values for r in source or () if r.subject in set(subjects)]
+    if not wanted:
+        raise ValueError(
+            f"brainlm: expected recordings of the subjects whose statistics {variant} takes, found none"
+        )
+    low, high = np.min([x.min(axis) for x in wanted], axis=0), np.max([x.max(axis) for x in wanted], axis=0)
+    return lambda x: _to_unit(x, low, high)
+
+
+def _to_unit(x: np.ndarray, low, high) -> np.ndarray:
+    "0 at low, 1 at high; a parcel that never moves becomes 0."
+    return ((x - low) / np.where(high > low, high - low, 1)).astype(np.float32)
+
+# %% ../nbs/04a_brainlm_2024.ipynb #fb9b28fe
 @torch.inference_mode()
 def reconstruct(
     model: BrainLMMAE | BrainLMViTMAE,
@@ -1139,11 +1198,11 @@ def reconstruct(
         out = model.predict(
             signal_vectors, xyz_vectors, noise=noise.to(signal_vectors.device), mask_ratio=ratio
         )
-        logits, mask = out.logits.flatten(2), out.mask
+        logits, mask = out.logits.flatten(2).to(total), out.mask.to(total.device)
         if isinstance(model, BrainLMMAE):
             mask = mask.repeat_interleave(model.config.timepoint_patching_size, 2)
         new = mask & (count == 0) if how == "first" else mask
-        total, count = total + logits.float() * new, count + new
+        total, count = total + logits * new, count + new
     return total / count
 
 

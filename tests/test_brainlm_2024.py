@@ -591,7 +591,9 @@ def test_a_picture_folder_of_the_published_form(tmp_path, spelling):
     trained = BrainLMViTMAE.from_pretrained(
         folder, num_brain_voxels=40, num_timepoints_per_voxel=24, train_mode="predict_last"
     )
-    assert trained.config.train_mode == "predict_last" and len(trained.load_report.notes) == 1
+    assert trained.config.train_mode == "predict_last"
+    assert not any("train_mode" in note for note in trained.load_report.notes)
+    assert any("scaler" in note for note in trained.load_report.notes)
 
 
 def test_files_that_the_installed_transformers_saves_are_read(tmp_path):
@@ -779,6 +781,8 @@ def test_bad_sizes_and_masks_are_named():
     for wrong in (uneven, torch.ones(2, 6, 4)):
         with pytest.raises(ValueError, match="as many tokens"):
             model.predict(x, XYZ, mask=wrong)
+    with pytest.raises(ValueError, match=r"broadcasts to \(2, 6, 4\)"):
+        model.predict(x, XYZ, mask=torch.zeros(2, 6, 5))
     with pytest.raises(ValueError, match="noise of shape"):
         model.predict(x, XYZ, noise=torch.rand(2, 23))
     with pytest.raises(ValueError, match="mask ratio"):
@@ -864,3 +868,90 @@ def test_bad_text_files_are_named(tmp_path):
 
 def dat_again(source, folder):
     return DatRuns(folder, source.layout, source.tr, source.subject_of)
+
+
+# ---- normalisations, reconstruction
+
+
+def test_normalisations_of_the_conversion_script(tmp_path):
+    source = dat_folder(tmp_path)
+    recordings = [r.values.astype(np.float64) for r in source]
+    everything = np.concatenate(recordings)
+    x = recordings[3]
+    expected = {
+        "All_Patient_All_Voxel": (x - everything.min()) / np.ptp(everything),
+        "Per_Patient_All_Voxel": (x - x.min()) / np.ptp(x),
+        "Per_Patient_Per_Voxel": (x - x.min(0)) / np.ptp(x, axis=0),
+        "Per_Voxel_All_Patient": (x - everything.min(0)) / np.ptp(everything, axis=0),
+        "Subtract_Mean_Divide_Global_STD": (x - x.mean(0)) / 41.44047,
+        "Subtract_Mean_Divide_Global_99thPercent": (x - x.mean(0)) / 111.13143061224855,
+    }
+    assert set(expected) == set(L.VARIANTS)
+    for variant, values in expected.items():
+        transform = L.normalisation_2024(variant, source, ["100", "101"])
+        np.testing.assert_allclose(transform(list(source)[3].values), values, rtol=0, atol=1e-4)
+    of_one = L.normalisation_2024("All_Patient_All_Voxel", source, ["100"])
+    low, high = min(r.min() for r in recordings[:2]), max(r.max() for r in recordings[:2])
+    np.testing.assert_allclose(of_one(list(source)[3].values), (x - low) / (high - low), atol=1e-4)
+    assert (L.normalisation_2024("Per_Patient_Per_Voxel")(np.ones((5, 3), np.float32)) == 0).all()
+    for wrong in ("Robust", "All_Patient_All_Voxel"):
+        with pytest.raises(ValueError, match="expected"):
+            L.normalisation_2024(wrong, source, ["nobody"])
+
+
+class Recorder:
+    "Stands for a model: predicts the number of the call, and notes what was hidden."
+
+    def __init__(self, model):
+        self.model, self.config, self.hidden = model, model.config, []
+
+    def __call__(self, signal, xyz, **options):
+        out = type(self.model).predict(self.model, signal, xyz, **options)
+        self.hidden.append(out.mask)
+        out.logits = torch.full_like(out.logits, float(len(self.hidden)))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "ratio"), [(one_d, (6, 40), 0.3), (one_d, (6, 40), 0.75), (picture, (40, 24), 0.4)]
+)
+def test_every_point_is_predicted_while_hidden(make, size, ratio, monkeypatch):
+    model, x, xyz = make(check_input=False), signal(2, *size), torch.randn(size[0], 3)
+    record = Recorder(model)
+    monkeypatch.setattr(model, "predict", record, raising=False)
+    first = L.reconstruct(model, x, xyz, ratio=ratio, how="first", seed=3)
+    masks = [m.repeat_interleave(10, 2) if make is one_d else m for m in record.hidden]
+    passes = torch.stack(masks).int()
+    assert (passes.sum(0) > 0).all() and len(masks) <= math.ceil(1 / ratio) + 1
+    assert torch.equal(first, passes.argmax(0) + 1.0)
+    record.hidden.clear()
+    mean = L.reconstruct(model, x, xyz, ratio=ratio, seed=3)
+    numbers = torch.arange(1, len(masks) + 1.0)[:, None, None, None]
+    torch.testing.assert_close(mean, (passes * numbers).sum(0) / passes.sum(0))
+
+
+def test_reconstruction_refuses_what_hides_nothing():
+    model = one_d()
+    with pytest.raises(ValueError, match="hides some of 24"):
+        L.reconstruct(model, signal(), XYZ, ratio=0.0)
+    with pytest.raises(ValueError, match="mean or first"):
+        L.reconstruct(model, signal(), XYZ, how="last")
+
+
+def test_scaled_coordinates_are_scaled_coordinates():
+    model, x = one_d(), signal()
+    scaled = one_d(xyz_scale=0.5)
+    scaled.load_state_dict(model.state_dict())
+    torch.testing.assert_close(
+        scaled.predict(x, 2 * XYZ).logits, model.predict(x, XYZ).logits, rtol=0, atol=1e-5
+    )
+    assert (scaled.predict(x, XYZ).logits - model.predict(x, XYZ).logits).abs().max() > 1e-4
+
+
+def test_in_bfloat16_parcels_keep_their_rows():
+    model, x = picture(check_input=False), signal(1, 40, 24)
+    xyz = torch.stack([torch.zeros(40), 100 + torch.linspace(0, 1, 40).flip(0), torch.zeros(40)], 1)
+    low = picture(check_input=False).bfloat16()
+    out, half = (m.predict(x, xyz, train_mode="predict_last", mask_ratio=0.5).logits for m in (model, low))
+    assert float(torch.corrcoef(torch.stack([out.flatten(), half.float().flatten()]))[0, 1]) > 0.99
+    assert len(xyz[:, 1].bfloat16().unique()) < 40
