@@ -42,7 +42,7 @@ __all__ = ['SCALINGS', 'METHODS', 'simulated_people', 'check_parcels', 'space_fr
            'linear_baseline', 'regression_scores', 'class_scores', 'FinetuneRecipe', 'add_lora', 'merged',
            'prediction_scores']
 
-# %% ../nbs/04b_brainlm_training.ipynb #65cc5507
+# %% ../nbs/04b_brainlm_training.ipynb #1edd9b4d
 class _Made(list):
     "Records and the layout that they share."
 
@@ -57,15 +57,15 @@ def simulated_people(
     sessions: int = 1,
     tr: float = 1.4,  # seconds
     tasks: Sequence[str] = ("rest",),
-    site_noise: float = 1.0,  # SD of what a site does apart from its parcel, %
     effects: Sequence[Any] | None = None,  # of `cohort.Effect`; None: the cohort's own
     seed: int = 0,
+    **more: Any,  # of `cohort.Cohort`: site_noise, activation, drift, spectrum …
 ) -> _Made:  # of float16 records, each parcel z-scored over its run
     "A simulated cohort with its planted traits: group, score, and each person's own strength of the planted connections."
     from fmri_book.cohort import EFFECTS, Cohort
 
     asked = dict(n_subjects=subjects, n_sessions=sessions, n_frames=frames, tr=tr, space=space, seed=seed)
-    cohort = Cohort(**asked, tasks=tuple(tasks), site_noise=site_noise, effects=tuple(effects or EFFECTS))
+    cohort = Cohort(**asked, tasks=tuple(tasks), effects=tuple(effects or EFFECTS), **more)
     people, own = cohort.participants.set_index("subject"), cohort.truth.strengths
     traits = {
         s: {"group": row.group, "score": float(row.score), **own.loc[s].round(6).to_dict()}
@@ -308,7 +308,7 @@ def survey(
         zscored &= bool(live.size and near[0].all() and near[1].all())
     return Survey(bad, zscored, n)
 
-# %% ../nbs/04b_brainlm_training.ipynb #cecc70b7
+# %% ../nbs/04b_brainlm_training.ipynb #10959cd2
 _OF_DATA = {"self", "others", "num_brain_voxels", "space", "layout", "tr", "zscore", "scaler", "coordinates"}
 _OF_TARGETS = {
     "num_targets",
@@ -335,11 +335,14 @@ def _data_section(preset: str) -> dict[str, Any]:
         "train": "simulated",  # example; or a store, shards, Arrow tables, HDF5
         "space": None,  # simulated, example: which parcels; tables: what the columns are, if they do not say
         "tr": None,  # seconds; simulated: 1.4 if null; else: what all recordings must have
-        "subjects": size.subjects,  # simulated, as the next five
+        "subjects": size.subjects,  # simulated, as the next eight
         "sessions": 1,
         "run_frames": size.run_frames,
         "tasks": ["rest"],
-        "site_noise": 1.0,
+        "site_noise": 1.0,  # see `cohort.Cohort`, as the next two
+        "activation": 1.0,
+        "drift": 0.5,
+        "white": 0.25,  # see `cohort.Spectrum`
         "cohort_seed": 0,
         "coordinates": None,  # table of the parcels' places, for atlases that lack some, see `space_from_table`
         "column": None,  # Arrow: the column with the recordings
@@ -389,14 +392,17 @@ class _OfParcels(Recipe):
     def eval_data(self) -> dict[str, Any]:
         return self.sets
 
-# %% ../nbs/04b_brainlm_training.ipynb #72d973dd
+# %% ../nbs/04b_brainlm_training.ipynb #2075aeec
 @patch
 def _recordings(self: _OfParcels) -> Any:
     "Recordings that are not a store yet."
+    from fmri_book.cohort import Spectrum
+
     data = self.config.data
     if data.train == "simulated":
-        asked = dict(sessions=data.sessions, tr=data.tr or 1.4, tasks=data.tasks, site_noise=data.site_noise)
-        return simulated_people(data.subjects, data.run_frames, self._space(), **asked, seed=data.cohort_seed)
+        asked = {k: data[k] for k in ("sessions", "tasks", "site_noise", "activation", "drift")}
+        asked |= {"tr": data.tr or 1.4, "spectrum": Spectrum(white=data.white), "seed": data.cohort_seed}
+        return simulated_people(data.subjects, data.run_frames, self._space(), **asked)
     if data.train == "example":
         return _example(self._space(), data.held_out)
     source = _tables(data.train, data)
@@ -423,7 +429,8 @@ def _store(self: _OfParcels) -> Path | None:
         return None
     names = ["train", "space", "tr"]
     if self._made:
-        names += ["subjects", "sessions", "run_frames", "tasks", "site_noise", "cohort_seed", "held_out"]
+        names += ["subjects", "sessions", "run_frames", "tasks", "cohort_seed", "held_out"]
+        names += ["site_noise", "activation", "drift", "white"]
     else:
         names += ["column", "zscore"]
     told = {k: data[k] if k != "tasks" else list(data[k]) for k in names} | {"of": self._space()}

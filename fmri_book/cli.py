@@ -125,7 +125,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         quiet = action.default in (None, False, argparse.SUPPRESS) or not action.option_strings
         return action.help if quiet else f"{action.help} (default: {action.default})"
 
-# %% ../nbs/A2_command_line.ipynb #efc3da06
+# %% ../nbs/A2_command_line.ipynb #476c047e
 EXIT_CODES = """exit status:
   0    done (recordings that a rule refused are counted and named)
   1    something failed: a damaged file, a worker that died, a full disk, or nothing could be used
@@ -150,9 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     _other_commands(command)
     _embed_command(command)
     _reconstruct_command(command)
+    _forecast_command(command)
     return parser
 
-# %% ../nbs/A2_command_line.ipynb #182999c0
+# %% ../nbs/A2_command_line.ipynb #37943319
 def _data_commands(command):
     add = (
         inspect := command("inspect", _inspect, "what a file is, and which model would take it")
@@ -181,6 +182,9 @@ def _other_commands(command):
     add("--check", action="store_true", help="only look for leaks in a split that is there")
     _grouping(add)
     _train_parser(command("train", _train, "train a model; killed, the same command goes on"))
+    _finetune_parser(
+        command("finetune", _finetune, "a pretrained model to traits of people; killed, it goes on")
+    )
     add = command("list", _list, "what is known here: datasets, spaces or formats").add_argument
     add("what", choices=("datasets", "spaces", "formats"))
     add = command("fetch", _fetch, "a public data set by name; its licence is shown first").add_argument
@@ -189,7 +193,7 @@ def _other_commands(command):
     add("--accept-licence", action="store_true", help="you have read the terms that are shown without it")
     add("--n", type=int, default=1, help="how many files or people; 0 for all")
 
-# %% ../nbs/A2_command_line.ipynb #594ef96f
+# %% ../nbs/A2_command_line.ipynb #2275869e
 _TRAINING = """
 Settings are a preset, then YAML files, then key=value: `--show` prints all keys with their present values. Those of your
 data begin with data. (data.train=FOLDER, a store or shards; data.split=FILE or data.held_out=0.2).
@@ -203,13 +207,36 @@ Killed, or stopped by Ctrl-C or SIGTERM: give the same command again, and it goe
 
 def _train_parser(parser: argparse.ArgumentParser):
     add, parser.description = parser.add_argument, f"{parser.description}\n{_TRAINING}"
-    add("recipe", help="mae, or package.module:name of one that registers itself")
+    add("recipe", help="mae, brainlm, or package.module:name of one that registers itself")
+    _run_options(add)
+
+
+def _run_options(add):
     add("changes", nargs="*", metavar="CHANGE", help="YAML files and key=value, later ones win")
     add("--preset", default="ci", metavar="NAME", help="ci, gpu or paper")
     add("--out", metavar="FOLDER", help="of the run; the same as out=FOLDER")
     add("--show", action="store_true", help="print the complete configuration as YAML and stop")
     add("--allow-changes", action="store_true", help="go on with a run although settings have changed")
     add("--overwrite", action="store_true", help="forget the run that is in the folder, begin anew")
+
+
+def _finetune_parser(parser: argparse.ArgumentParser):
+    add, parser.description = parser.add_argument, f"{parser.description}\n{_TRAINING}"
+    add("recipe", help="the family: brainlm")
+    add(
+        "--model",
+        metavar="FOLDER",
+        help="the pretrained weights, or the folder of their run; the same as model.pretrained=FOLDER",
+    )
+    add(
+        "--targets",
+        metavar="FILE",
+        help="CSV, TSV or Parquet with a row for each person (and session); the same as target.table=FILE",
+    )
+    add("--columns", type=_list_of, metavar="NAMES", help="its columns to predict, such as age,score")
+    add("--classify", action="store_true", help="the column holds classes, not numbers")
+    add("--method", metavar="HOW", help="probe (the head alone), full, or lora")
+    _run_options(add)
 
 # %% ../nbs/A2_command_line.ipynb #40d2aa49
 def _of_model(add):
@@ -279,6 +306,31 @@ def _reconstruct_command(command):
     add("--denoise", type=int, metavar="N", help="mean and SD over N masks, instead of one reconstruction")
     _of_model(add)
     _reading(rebuild)
+
+# %% ../nbs/A2_command_line.ipynb #c93b0fd1
+def _forecast_command(command):
+    ahead = command(
+        "forecast", _forecast, "what a BrainLM says comes after a recording, in the recording's own units"
+    )
+    add = ahead.add_argument
+    add("model", help="a folder of BrainLM weights (RUN/model of fmri-book train brainlm), or org/name")
+    add("file", type=Path, help="a recording, or a folder or store with --key")
+    add("--blocks", type=int, default=1, metavar="N", help="how many blocks of the model's patch length")
+    add("-o", "--out", type=Path, required=True, help="the file to write: .npz, .safetensors or .csv")
+    add("--until", type=float, metavar="SECONDS", help="forget what comes later, and forecast it")
+    add(
+        "--context",
+        type=int,
+        metavar="BLOCKS",
+        help="blocks that are read (as many as the model can, if left out)",
+    )
+    add("--key", help="which recording of a store or a folder")
+    add("--pattern", metavar="GLOB", help="of a folder: only files whose name or path matches")
+    add("--carry", action="store_true", help="bring other meshes and atlases over by position, approximately")
+    add("--match-original", action="store_true", help="resample exactly as the published code does")
+    add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (cuda where there is one, if left out)")
+    add("--overwrite", action="store_true", help="replace what is there")
+    _reading(ahead)
 
 # %% ../nbs/A2_command_line.ipynb #d4cdaea7
 def _print_json(facts):
@@ -571,11 +623,44 @@ def _reconstruct(asked) -> int:
     _print_json(facts | {"out": str(asked.out)}) if asked.json else print(f"{asked.out}: {made}")
     return 0
 
-# %% ../nbs/A2_command_line.ipynb #5cbdeda7
-def _train(asked) -> int:
+# %% ../nbs/A2_command_line.ipynb #d7b3f596
+def _forecast(asked) -> int:
+    from fmri_book.forecasting import check_forecast_ending, forecast_run, load_forecaster
+
+    check_forecast_ending(asked.out)
+    if asked.out.exists() and not asked.overwrite:
+        raise FileExistsError(f"expected a new file, found {asked.out}; pass overwrite=True to replace it")
+    told = {k: getattr(asked, k) for k in ("until", "context", "key", "pattern", "carry", "match_original")}
+    model = load_forecaster(asked.model, asked.device)
+    made = forecast_run(model, asked.file, asked.blocks, options=_options(asked), **told)
+    made.save(asked.out)
+    facts = dict(out=str(asked.out), frames=len(made.seconds), parcels=made.prediction.shape[1])
+    facts |= {"from": float(made.seconds[0]), "to": float(made.seconds[-1]), "notes": made.about["notes"]}
+    _print_json(facts) if asked.json else print(f"{asked.out}: {made}")
+    return 0
+
+# %% ../nbs/A2_command_line.ipynb #cc734f64
+def _finetune(asked) -> int:
+    asked.recipe += "" if ":" in asked.recipe or asked.recipe.endswith("-finetune") else "-finetune"
+    told = {"model.pretrained": asked.model, "target.table": asked.targets, "model.method": asked.method}
+    more = {"target.columns": list(asked.columns) if asked.columns else None}
+    more |= {"target.kind": "classification" if asked.classify else None}
+    return _train(asked, _nested({k: v for k, v in (told | more).items() if v is not None}))
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def _train(asked, told: dict[str, Any] | None = None) -> int:
     from fmri_book.training import make_config, train
 
-    out = [f"out={asked.out}"] if asked.out else []
+    out = [told] if told else []
+    out += [{"out": asked.out}] if asked.out else []
     config = make_config(asked.recipe, asked.preset, *asked.changes, *out)
     speaks = os.environ.get("RANK", "0") == "0"
     if asked.show:
@@ -615,7 +700,7 @@ def _status_of(error: BaseException) -> int:
         return 2
     return 2 if isinstance(error, (ValueError, KeyError)) else 1
 
-# %% ../nbs/A2_command_line.ipynb #fc9a7776
+# %% ../nbs/A2_command_line.ipynb #f5d3d989
 _IN_THE_SHELL = {
     "pass tr=… in seconds": "give it with --source-tr",
     "space=…": "--source-space",
@@ -624,6 +709,9 @@ _IN_THE_SHELL = {
     "pass overwrite=True to": "give --overwrite to",
     "name='key', or --folders recording on the command line": "--folders recording",
     "choose one with key=…": "choose one with --key, or a single file",
+    "for until=": "for --until",
+    "expected until= ": "expected --until ",
+    "Load it as a Run, which is cut first": "Cut the file first, or leave --until out",
     "carry=True": "--carry",
     "pass overwrite=True": "pass --overwrite",
     "Pass spec=…, an InputSpec": "Give --input FILE, an input.json",
@@ -669,7 +757,7 @@ def _stopped(asked) -> int:
 def _interrupted(*_) -> NoReturn:
     raise KeyboardInterrupt
 
-# %% ../nbs/A2_command_line.ipynb #4b57ad31
+# %% ../nbs/A2_command_line.ipynb #46a2ce4d
 def main(
     arguments: Sequence[str] | None = None,  # default: those of the command line
 ) -> int:  # the exit status
@@ -677,7 +765,7 @@ def main(
     import signal, threading
 
     asked, rest = (parser := _parser()).parse_known_args(arguments)
-    if rest and (asked.command != "train" or any(word.startswith("-") for word in rest)):
+    if rest and (asked.command not in ("train", "finetune") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # settings after an option, which argparse does not join with those before
         asked.changes += rest
