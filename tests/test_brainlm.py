@@ -444,6 +444,61 @@ def test_gradients_of_every_weight_agree(fields):
         assert gradient.any() == bool(read), name
 
 
+@pytest.mark.parametrize("open_cls", [False, True])
+def test_dropout_of_shares_by_its_definition(open_cls):
+    "With ones as values the output is what each row heard of each key."
+    torch.manual_seed(0)
+    batch, heads, parcels, blocks, p = 64, 2, 4, 3, 0.3
+    length = 1 + parcels * blocks
+    q, k = torch.randn(2, batch, heads, length, length)
+    v = torch.eye(length).expand(batch, heads, -1, -1)
+    allowed = block_causal(blocks, parcels, open_cls)
+    shares = B.dense_attention(q, k, v, parcels, open_cls)
+    heard = B.block_attention(q, k, v, parcels, open_cls, p)
+    kept = heard > 0
+    near(heard[kept], shares[kept] / (1 - p), 1e-3)  # the rate has 16 bits
+    assert not heard[..., ~allowed].any()
+    share = kept[..., allowed].double().mean((0, 1))  # of each pair of tokens
+    assert (share - (1 - p)).abs().max() < 5 * math.sqrt(p * (1 - p) / (batch * heads))
+    one, two = kept[..., allowed].flatten(0, 1)[:2]  # heads and samples draw for themselves
+    assert not torch.equal(one, two)
+    assert not torch.equal(B.block_attention(q, k, v, parcels, open_cls, p) > 0, kept)
+    for _ in range(2):
+        torch.manual_seed(4)
+        again, seed = B.block_attention(q, k, v, parcels, open_cls, p), torch.get_rng_state()
+        torch.manual_seed(4)
+        assert torch.equal(B.block_attention(q, k, v, parcels, open_cls, p), again)
+        assert torch.equal(torch.get_rng_state(), seed)
+
+
+@pytest.mark.parametrize("open_cls", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradient_of_block_attention_by_differences(open_cls, dropout):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def attend(q, k, v):
+        torch.manual_seed(5)
+        return B.block_attention(q, k, v, 3, open_cls, dropout)
+
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("parcels, blocks", [(3, 4), (300, 2), (513, 1)])
+def test_block_attention_in_half_precision(parcels, blocks):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 2, 1 + parcels * blocks, 8).bfloat16() for _ in range(3)]
+    weight, found = torch.randn(8), []
+    for attend, dtype in ((B.block_attention, torch.bfloat16), (B.dense_attention, torch.float32)):
+        now = [x.to(dtype).requires_grad_() for x in inputs]
+        out = attend(*now, parcels)
+        assert out.dtype == dtype
+        found.append([out, *torch.autograd.grad((out * weight.to(dtype)).sum(), now)])
+    for half, exact in zip(*found, strict=True):
+        assert half.dtype == torch.bfloat16
+        assert (half - exact).norm() < 0.02 * exact.norm()
+
+
 def test_flex_refuses_dropout():
     model = make(attention="flex", attention_probs_dropout_prob=0.1).train()
     with pytest.raises(
@@ -1063,6 +1118,23 @@ def test_loss_of_numbers_in_scaled_units(loss_fn):
     near(model.mlp_pred_head.lin1.weight.grad, gradient)
 
 
+def test_targets_on_a_log_scale():
+    fields = {"num_targets": 2, "target_transform": ["log1p", "none"], "target_centre": [2.0, 5.0]}
+    fields["target_scale"] = [0.5, 2.0]
+    model, (signal, xyz) = make(BrainLMForFinetuning, **fields), data(3)
+    labels = torch.tensor([[0.0, 4.0], [12.0, -3.0], [math.nan, 7.0]])
+    out = model(signal, xyz, labels=labels)
+    logits = out.logits.detach().double()
+    near(out.predictions[:, 0], (logits[:, 0] * 0.5 + 2).exp() - 1, 1e-4)
+    near(out.predictions[:, 1], logits[:, 1] * 2 + 5)
+    first = (labels[:2, 0].double() + 1).log()
+    terms = torch.cat([logits[:2, 0] - (first - 2) / 0.5, logits[:, 1] - (labels[:, 1] - 5) / 2])
+    near(out.loss, terms.square().mean())
+    assert out.n_points == 5
+    with pytest.raises(ValueError, match="targets above -1 for target_transform log1p, found -1"):
+        model(signal, xyz, labels=labels - 1)
+
+
 def test_labels_of_one_target_in_two_shapes():
     model, (signal, xyz) = make(BrainLMForFinetuning), data(3)
     labels = torch.tensor([1.0, 2.0, 4.0])
@@ -1409,6 +1481,8 @@ def test_a_model_is_copied_with_all_it_has():
         ({"num_targets": 0}, "num_targets of at least 1 for regression, found 0"),
         ({"target_kind": "classification"}, "num_targets of at least 2 for classification, found 1"),
         ({"num_targets": 2, "target_centre": [1.0]}, r"target_centre for 2 targets \(num_targets\), found 1"),
+        ({"target_transform": ["sqrt"]}, "target_transform from log1p, none, found 'sqrt'"),
+        ({"num_targets": 2, "target_transform": ["log1p"]}, "target_transform for 2 targets"),
         ({"target_scale": [-1.0]}, r"target_scale above 0, found \[-1.0\]"),
         ({"target_kind": "classification", "num_targets": 2, "class_weights": [1.0]}, "class_weights for 2 targets"),
         ({"num_labels": 3}, r"num_targets \(with target_kind\), found num_labels=3"),
@@ -1613,7 +1687,7 @@ def test_bfloat16(cls):
     given_ = {"labels": torch.linspace(20.0, 80, 8)} if cls is BrainLMForFinetuning else {"mask": some(8)}
     fields = {"target_centre": [50.0], "target_scale": [20.0]}
     expected = make(cls, **fields)(signal, xyz, **given_)
-    for pure in (False, True):
+    for pure in (False, True):  # weights in single precision under autocast, or all of it in half
         model = make(cls, dtype=torch.bfloat16 if pure else torch.float32, **fields).train()
         with torch.autocast("cpu", torch.bfloat16, enabled=not pure):
             out = model(signal, xyz, **given_)
