@@ -21,7 +21,7 @@ from .data import Space
 __all__ = ['KINDS', 'attention_profiles', 'voters', 'alike', 'NetworkVotes', 'network_knn', 'connectivity_features', 'Readout',
            'readout', 'shuffled_scores', 'Fingerprint', 'fingerprint']
 
-# %% ../nbs/04d_readouts.ipynb #12a6a4eb
+# %% ../nbs/04d_readouts.ipynb #21998897
 def _layer_inputs(
     model: Any, signal: Tensor, xyz: Any, layer: int, mask: Tensor | None, missing: Tensor | None
 ):
@@ -180,42 +180,57 @@ def connectivity_features(
     matrix = data.connectivity(bold)
     return np.arctanh(np.clip(matrix[np.triu_indices(len(matrix), 1)], -0.9999, 0.9999))
 
-# %% ../nbs/04d_readouts.ipynb #13c9686c
+# %% ../nbs/04d_readouts.ipynb #5dc7e112
 KINDS = ("ridge", "knn", "mlp")
 
 
-def _estimator(kind: str, classes: bool, seed: int) -> tuple[Any, dict[str, Sequence]]:
-    "A scikit-learn model, and the settings that the inner folds choose from."
-    from sklearn.compose import TransformedTargetRegressor
+def _settings(kind: str, rows: int) -> list[dict]:
+    "What the inner folds choose from: the penalty, or the number of neighbours (at most all rows)."
+    if kind == "knn":
+        return [{"n_neighbors": min(k, rows)} for k in (5, 11, 21)]
+    return [{"alpha": a} for a in ((1.0, 30.0) if kind == "mlp" else (1.0, 10.0, 1e2, 1e3, 1e4, 1e5))]
+
+
+def _predicted(
+    kind: str, classes: bool, setting: dict, fit: np.ndarray, other: np.ndarray, target: np.ndarray, seed: int
+) -> np.ndarray:
+    "Fitted on some rows, asked about others."
     from sklearn.linear_model import Ridge, RidgeClassifier
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
     from sklearn.neural_network import MLPClassifier, MLPRegressor
-    from sklearn.preprocessing import StandardScaler
 
-    if kind == "ridge":
-        alphas = {"alpha": np.logspace(0, 5, 6)}
-        return (RidgeClassifier(class_weight="balanced") if classes else Ridge()), alphas
-    if kind == "knn":
-        return (KNeighborsClassifier() if classes else KNeighborsRegressor()), {"n_neighbors": (5, 11, 21)}
-    told = dict(hidden_layer_sizes=(16,), solver="lbfgs", max_iter=100, random_state=seed)
-    if classes:
-        return MLPClassifier(**told), {"alpha": (1.0, 30.0)}
-    regressor = TransformedTargetRegressor(MLPRegressor(**told), transformer=StandardScaler())
-    return regressor, {"regressor__alpha": (1.0, 30.0)}
+    told = dict(hidden_layer_sizes=(16,), solver="lbfgs", max_iter=50, random_state=seed)
+    told, makers = {
+        "ridge": ({"class_weight": "balanced"} if classes else {}, (Ridge, RidgeClassifier)),
+        "knn": ({}, (KNeighborsRegressor, KNeighborsClassifier)),
+        "mlp": (told, (MLPRegressor, MLPClassifier)),
+    }[kind]
+    centre, scale = (0, 1) if classes else (target.mean(), target.std() or 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lbfgs stops after max_iter, which is meant
+        model = makers[classes](**told, **setting).fit(fit, target if classes else (target - centre) / scale)
+    made = model.predict(other)
+    return made if classes else made * scale + centre
 
 
-def _steps(kind: str, classes: bool, pca: int | None, seed: int) -> tuple[Any, dict[str, Sequence]]:
-    "Standardise, shorten, predict: all of it fitted on training rows."
+def _worth(predicted: np.ndarray, truth: np.ndarray, classes: bool) -> float:
+    "For choosing settings: more is better."
+    return _score(predicted, truth, classes) if classes else -float(np.square(predicted - truth).mean())
+
+
+def _prepared(fit: np.ndarray, other: np.ndarray, pca: int | None) -> tuple[np.ndarray, np.ndarray]:
+    "Standardised and shortened, both by what the first rows say."
     from sklearn.decomposition import PCA
-    from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model, grid = _estimator(kind, classes, seed)
-    shorter = [("pca", PCA(pca, svd_solver="full"))] if pca else []
-    steps = [("scale", StandardScaler()), *shorter, ("model", model)]
-    return Pipeline(steps), {f"model__{name}": values for name, values in grid.items()}
+    steps = [StandardScaler()]
+    if pca:
+        steps.append(PCA(min(pca, len(fit) - 1, fit.shape[1]), svd_solver="full"))
+    for step in steps:
+        fit, other = step.fit_transform(fit), step.transform(other)
+    return fit, other
 
-# %% ../nbs/04d_readouts.ipynb #2f3e7dd5
+# %% ../nbs/04d_readouts.ipynb #31369752
 def _checked_rows(features: Any, targets: Any, groups: Any, classes: bool) -> tuple[np.ndarray, ...]:
     x, y, who = np.asarray(features, float), np.asarray(targets), np.asarray(groups).astype(str)
     if x.ndim != 2 or not len(x) == len(y) == len(who) or y.ndim != 1:
@@ -297,7 +312,7 @@ def interval(self: Readout, draws: int = 1000, seed: int = 0) -> tuple[float, fl
         scores.append(_score(self.predicted[at], self.truth[at], self.classes))
     return _percentiles(np.array(scores))
 
-# %% ../nbs/04d_readouts.ipynb #19202afa
+# %% ../nbs/04d_readouts.ipynb #cf3525d7
 def readout(
     features: np.ndarray,  # (rows, columns): embeddings of recordings, or anything to compare them with
     targets: Sequence,  # (rows,) numbers, or names of classes; NaN or '' where unknown
@@ -311,31 +326,31 @@ def readout(
 ) -> Readout:
     """A target from features, cross-validated over subjects: standardising, components and settings come from training rows only.
     Texts and booleans are classes, numbers are numbers. Raises `ValueError` for shapes, gaps and too few subjects."""
-    from sklearn.model_selection import GridSearchCV
-
     if kind not in KINDS:
         raise ValueError(f"readout: expected a kind from {', '.join(KINDS)}, found {kind!r}")
     classes = np.asarray(targets).dtype.kind not in "fiu"
     x, y, who, known = _checked_rows(features, targets, groups, classes)
     predicted, trivial, chosen = np.empty_like(y), np.empty_like(y), []
-    scoring = "balanced_accuracy" if classes else "neg_mean_squared_error"
-    for train, test in _folds(who, y, folds, classes, seed):
-        inside = _folds(who[train], y[train], inner, classes, seed)
-        fewest = min(len(fit) for fit, _ in inside)
-        steps, grid = _steps(kind, classes, pca and min(pca, fewest - 1, x.shape[1]), seed)
-        grid = {
-            k: [v for v in values if not k.endswith("neighbors") or v <= fewest] for k, values in grid.items()
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lbfgs stops after max_iter, which is meant
-            search = GridSearchCV(steps, grid, scoring=scoring, cv=inside).fit(x[train], y[train])
-        predicted[test] = search.predict(x[test])
-        names, counts = np.unique(y[train], return_counts=True)
-        trivial[test] = names[counts.argmax()] if classes else y[train].mean()
-        chosen.append(search.best_params_)
+    for taught, test in _folds(who, y, folds, classes, seed):
+        inside = [(taught[a], taught[b]) for a, b in _folds(who[taught], y[taught], inner, classes, seed)]
+        settings = _settings(kind, min(len(fit) for fit, _ in inside))
+        worth = np.zeros(len(settings))
+        for fit, check in inside:
+            given = _prepared(x[fit], x[check], pca)
+            worth += [
+                _worth(_predicted(kind, classes, s, *given, y[fit], seed), y[check], classes)
+                for s in settings
+            ]
+        best = settings[int(worth.argmax())]
+        predicted[test] = _predicted(
+            kind, classes, best, *_prepared(x[taught], x[test], pca), y[taught], seed
+        )
+        names, counts = np.unique(y[taught], return_counts=True)
+        trivial[test] = names[counts.argmax()] if classes else y[taught].mean()
+        chosen.append(best)
     return Readout(predicted, y, who, trivial, tuple(chosen), known, classes)
 
-# %% ../nbs/04d_readouts.ipynb #9d4506e2
+# %% ../nbs/04d_readouts.ipynb #abc88d57
 def shuffled_scores(
     features: np.ndarray, targets: Sequence, groups: Sequence, n: int = 20, seed: int = 0, **how: Any
 ) -> np.ndarray:  # (n,) scores
@@ -380,7 +395,7 @@ class Fingerprint:
         drawn = _drawn(len(rows), draws, seed)
         return _percentiles(sums[drawn].sum(1) / counts[drawn].sum(1))
 
-# %% ../nbs/04d_readouts.ipynb #f8b10e79
+# %% ../nbs/04d_readouts.ipynb #e5ee2b10
 def fingerprint(
     embeddings: np.ndarray,  # (recordings, columns)
     subjects: Sequence,  # (recordings,)
