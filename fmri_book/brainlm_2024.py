@@ -136,7 +136,7 @@ def check_signal(
         )
     return signal
 
-# %% ../nbs/04a_brainlm_2024.ipynb #c2431fed
+# %% ../nbs/04a_brainlm_2024.ipynb #bf8ffd81
 def _set_data_fields(config: PretrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
     "Takes the data fields out of `given`; the rest is for transformers."
     for name, default in _DATA_FIELDS.items():
@@ -144,34 +144,16 @@ def _set_data_fields(config: PretrainedConfig, given: dict[str, Any]) -> dict[st
     return given
 
 
+# fmt: off
 _MAE_FIELDS: dict[str, Any] = dict(
-    hidden_size=256,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    intermediate_size=1024,
-    hidden_act="gelu",
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.1,
-    initializer_range=0.02,
-    layer_norm_eps=1e-12,
-    qkv_bias=True,
-    decoder_num_attention_heads=8,
-    decoder_hidden_size=256,
-    decoder_num_hidden_layers=4,
-    decoder_intermediate_size=1024,
-    num_brain_voxels=424,
-    num_timepoints_per_voxel=490,
-    mask_ratio=0.5,
-    timepoint_patching_size=49,
-    use_tanh_decoder=False,
-    loss_fn="mse",
-    segment_means_seq_len=64,
-    num_landmarks=64,
-    conv_kernel_size=65,
-    embedding_dropout_prob=0.1,
-    legacy=False,
-    xyz_scale=1.0,
+    hidden_size=256, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1024, hidden_act="gelu",
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.1, initializer_range=0.02, layer_norm_eps=1e-12,
+    qkv_bias=True, decoder_num_attention_heads=8, decoder_hidden_size=256, decoder_num_hidden_layers=4,
+    decoder_intermediate_size=1024, num_brain_voxels=424, num_timepoints_per_voxel=490, mask_ratio=0.5,
+    timepoint_patching_size=49, use_tanh_decoder=False, loss_fn="mse", segment_means_seq_len=64,
+    num_landmarks=64, conv_kernel_size=65, embedding_dropout_prob=0.1, legacy=False, xyz_scale=1.0,
 )  # published names and defaults; the last three are ours (dropout and scale of the millimetres were fixed numbers)
+# fmt: on
 
 
 class BrainLMMAEConfig(_OwnData, PretrainedConfig):
@@ -291,7 +273,7 @@ class PostNormLayer(nn.Module):
         x = self.attention["output"](self.attention["self"](x), x)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #d7a8bf21
+# %% ../nbs/04a_brainlm_2024.ipynb #5ece8688
 def kept_tokens(
     noise: Tensor,  # (batch, tokens) random numbers, one for each token
     n_kept: int,
@@ -301,7 +283,7 @@ def kept_tokens(
     ids = noise.argsort(dim=1, stable=True)[:, :n_kept]
     return ids if legacy else ids.sort(dim=1).values
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #2abe29c8
 def _uniform(shape: tuple[int, ...], generator: torch.Generator | None, device) -> Tensor:
     "Drawn where the generator lives, so that the numbers do not depend on the device."
     where = device if generator is None else generator.device
@@ -375,7 +357,7 @@ class BlockDecoder(nn.Module):
         x = self.decoder_pred2(F.leaky_relu(self.decoder_pred1(self.decoder_norm(x)[:, 1:]), 0.1))
         return (x.tanh() if self.tanh else x).unflatten(1, shape)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #37e166a3
+# %% ../nbs/04a_brainlm_2024.ipynb #85e55c66
 @dataclass
 class BrainLM2024Output(ModelOutput):
     "What the published families return."
@@ -436,7 +418,7 @@ class BrainLMMAE(_Published, PreTrainedModel):
             token = module.cls_token if isinstance(module, BlockEmbeddings) else module.mask_token
             nn.init.normal_(token, std=self.config.initializer_range)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #45239e76
+# %% ../nbs/04a_brainlm_2024.ipynb #e6d6e093
 @patch
 def _hidden(
     self: BrainLMMAE,
@@ -476,7 +458,7 @@ def _hidden(
     ids = kept_tokens(noise, n_kept, legacy)
     return ids, torch.ones(batch, tokens, dtype=torch.bool, device=device).scatter(1, ids, False)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #b421f7e1
+# %% ../nbs/04a_brainlm_2024.ipynb #fbe1299d
 def masked_error(
     prediction: Tensor,
     target: Tensor,
@@ -490,7 +472,7 @@ def masked_error(
     error = (prediction - target).masked_select(mask)
     return (error.abs() if kind == "mae" else error.square()).mean()
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #56748189
 @patch
 def forward(
     self: BrainLMMAE,
@@ -516,7 +498,7 @@ def forward(
     loss = masked_error(logits, blocks, hidden[..., None], c.loss_fn)
     return BrainLM2024Output(loss, logits, latent, hidden)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #fbd1575e
+# %% ../nbs/04a_brainlm_2024.ipynb #1a7a08d6
 @patch
 def _checked(self: _Published, signal: Tensor, xyz: Tensor | None) -> tuple[Tensor, Tensor]:
     "Signal (batch, parcels, time) and coordinates (batch or 1, parcels, 3), checked, where the model is."
@@ -531,7 +513,7 @@ def _checked(self: _Published, signal: Tensor, xyz: Tensor | None) -> tuple[Tens
         weight
     ), xyz  # coordinates keep their precision: in bfloat16 more parcels would share a Y
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #75edbb88
 @patch
 def scaled(self: _Published, batch: dict[str, Any]) -> dict[str, Tensor | None]:
     """`signal_vectors` (batch, parcels, time) and `xyz_vectors`, from a batch that holds "signal" (batch, time, parcels)
@@ -567,11 +549,11 @@ def embed(self: BrainLMMAE, batch: dict[str, Any]) -> Embeddings:
     tokens = x[:, 1:].unflatten(1, blocks.shape[1:3]).transpose(1, 2).flatten(1, 2)
     return Embeddings(x[:, :1], None, tokens)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #6c88f6bc
+# %% ../nbs/04a_brainlm_2024.ipynb #d67238c8
 PIXEL_SCALE = 5.6430855  # robust-scaled values are divided by this
 TRAIN_MODES = ("auto_encode", "predict_last", "predict_last_pixel")
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #2ec5136d
 @dataclass(frozen=True)
 class Canvas:
     "Where parcels × time lie on the square picture."
@@ -617,7 +599,7 @@ def y_order(
     y = coordinates.cpu().numpy()[:, 1] if isinstance(coordinates, Tensor) else np.asarray(coordinates)[:, 1]
     return torch.from_numpy(np.argsort(y, kind="stable"))
 
-# %% ../nbs/04a_brainlm_2024.ipynb #d8e57c2f
+# %% ../nbs/04a_brainlm_2024.ipynb #5632fc30
 @dataclass(frozen=True)
 class Task:
     "What a train mode hides, and what it counts."
@@ -670,7 +652,7 @@ def picture_positions(grid: int, width: int) -> Tensor:  # (1, 1 + grid², width
     table = torch.cat([one.repeat(grid, 1), one.repeat_interleave(grid, 0)], 1)
     return F.pad(table, (0, 0, 1, 0))[None].float()
 
-# %% ../nbs/04a_brainlm_2024.ipynb #189e820f
+# %% ../nbs/04a_brainlm_2024.ipynb #4eba16fe
 class BrainLMViTMAEConfig(_OwnData, ViTMAEConfig):
     "ViT-MAE's settings, the recording's size, and the train mode."
 
@@ -718,7 +700,24 @@ class BrainLMViTMAE(_Published, ViTMAEForPreTraining):
         rows = signal.gather(1, order[..., None].expand(len(signal), -1, signal.shape[-1]))
         return (rows / PIXEL_SCALE)[:, None].expand(-1, self.config.num_channels, -1, -1)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #c58d0c2e
+# %% ../nbs/04a_brainlm_2024.ipynb #461cebf3
+def _largest(noise: Tensor, shape: tuple[int, int], ratio: float) -> Tensor:  # bool, of this shape
+    "True for the share of patches with the largest numbers."
+    if noise.shape != shape:
+        raise ValueError(f"brainlm_vitmae: expected noise of shape {shape}, found {tuple(noise.shape)}")
+    kept = kept_tokens(noise, _n_kept(ratio, shape[1]))
+    return torch.ones(shape, dtype=torch.bool, device=noise.device).scatter(1, kept, False)
+
+
+@patch
+def _train_mode(self: BrainLMViTMAE) -> str:
+    if self.config.train_mode is None:
+        raise ValueError(
+            f"brainlm_vitmae: expected a train mode for training ({', '.join(TRAIN_MODES)}), found none: the published config.json lacks it; pass train_mode=… to from_pretrained or to forward"
+        )
+    return self.config.train_mode
+
+# %% ../nbs/04a_brainlm_2024.ipynb #7b4940c7
 @patch
 def _hidden(
     self: BrainLMViTMAE,
@@ -735,11 +734,7 @@ def _hidden(
     "What this call takes away, and what it asks for."
     c = self.config.canvas
     if mask is None and noise is None and mode is None and self.training:
-        mode = self.config.train_mode
-        if mode is None:
-            raise ValueError(
-                f"brainlm_vitmae: expected a train mode for training ({', '.join(TRAIN_MODES)}), found none: the published config.json lacks it; pass train_mode=… to from_pretrained or to forward"
-            )
+        mode = self._train_mode()
     ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
     if mask is None and noise is None and mode in TRAIN_MODES[1:]:
         task = c.task(mode, ratio)
@@ -752,24 +747,15 @@ def _hidden(
                 f"brainlm_vitmae: expected a mask that hides as many patches in each sample, and not all, found {hidden.sum(1).tolist()}"
             )
     elif noise is not None or mode == "auto_encode" or mask_ratio is not None:
-        noise = (
-            _uniform((batch, c.grid**2), generator, device)
-            if noise is None
-            else torch.as_tensor(noise, device=device)
-        )
-        if noise.shape != (batch, c.grid**2):
-            raise ValueError(
-                f"brainlm_vitmae: expected noise of shape {(batch, c.grid**2)}, found {tuple(noise.shape)}"
-            )
-        hidden = torch.ones_like(noise, dtype=torch.bool).scatter(
-            1, kept_tokens(noise, _n_kept(ratio, c.grid**2)), False
-        )
+        if noise is None:
+            noise = _uniform((batch, c.grid**2), generator, device)
+        hidden = _largest(torch.as_tensor(noise, device=device), (batch, c.grid**2), ratio)
     else:
         hidden = torch.zeros(batch, c.grid**2, dtype=torch.bool, device=device)
     pixels = hidden.view(-1, c.grid, c.grid).repeat_interleave(c.patch, 1).repeat_interleave(c.patch, 2)
     return hidden, pixels[:, *c.window], slice(0, 0)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #83bf46af
+# %% ../nbs/04a_brainlm_2024.ipynb #10e60188
 @patch
 def forward(
     self: BrainLMViTMAE,
@@ -807,7 +793,7 @@ def forward(
         pixels, counted = pixels.gather(1, back) * PIXEL_SCALE, counted.gather(1, back)
     return BrainLM2024Output(loss, pixels, latent, counted)
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #8271f68c
 @patch
 def _autoencode(self: BrainLMViTMAE, square: Tensor, hidden: Tensor, zeroed: slice) -> tuple[Tensor, Tensor]:
     "From the square to (batch, 1 + kept, width) and to pixels (batch, parcels, frames), the mean of the channels."
@@ -818,7 +804,7 @@ def _autoencode(self: BrainLMViTMAE, square: Tensor, hidden: Tensor, zeroed: sli
     pixels = self.unpatchify(decoded)[:, :, *self.config.canvas.window]
     return seen.last_hidden_state, pixels.mean(1)
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #26056703
 @patch
 def embed(self: BrainLMViTMAE, batch: dict[str, Any]) -> Embeddings:
     "cls (batch, 1, width) and patch (batch, patches with signal, width), row by row of the picture. Nothing is hidden."
@@ -832,7 +818,7 @@ def embed(self: BrainLMViTMAE, batch: dict[str, Any]) -> Embeddings:
         self.train(before)
     return Embeddings(x[:, :1], None, x[:, 1:][:, self.config.canvas.filled.flatten().to(x.device)])
 
-# %% ../nbs/04a_brainlm_2024.ipynb #2316adb5
+# %% ../nbs/04a_brainlm_2024.ipynb #fb62db28
 _SPELLINGS = (
     ("vit.layers.", "vit.encoder.layer."),
     ("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),
@@ -851,7 +837,7 @@ def published_name(name: str) -> str:
         name = name.replace(ours, published)
     return name
 
-# %% ../nbs/04a_brainlm_2024.ipynb #4608b2cd
+# %% ../nbs/04a_brainlm_2024.ipynb #27ef0174
 class Published(NamedTuple):
     "A folder that was read, and nothing interpreted yet."
 
@@ -868,7 +854,7 @@ _MARKS = {
     "fmri_book.brainlm.BrainLMForPretraining": "model.embeddings.signal_projection.weight",
 }
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #14b21571
 def _weight_files(folder: Path) -> list[Path]:
     "The files that hold the weights, in order; a safetensors file before a pickled one."
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -922,7 +908,7 @@ def read_published(folder: str | Path) -> Published:
         )
     return Published(config, state, family, str(folder), digest.hexdigest())
 
-# %% ../nbs/04a_brainlm_2024.ipynb #e51ea424
+# %% ../nbs/04a_brainlm_2024.ipynb #2f8fad57
 KNOWN_FILES = {
     "e647c70b2af023d945bfd61b4187c4fdf1700fbb4433a0818e982520564493c5": "checkpoint 1400 of the original repository"
 }
@@ -949,7 +935,7 @@ class LoadReport:
         lines = f"{self.where}: {self.family}, {self.entries} entries, {self.parameters:,} numbers{known}"
         return "\n".join([lines, *(f"- {note}" for note in self.notes)])
 
-# %% ../nbs/04a_brainlm_2024.ipynb #653661cd
+# %% ../nbs/04a_brainlm_2024.ipynb #5a996fcb
 def _fitted(model: _Published, found: Published) -> tuple[dict[str, Tensor], list[str]]:
     "Weights under the model's own names, and notes about what was changed."
     own, notes = model.state_dict(), []
@@ -985,7 +971,27 @@ def _image_facts(found: Published, facts: dict[str, Any]) -> tuple[dict[str, Any
         )
     return {"patch_size": patch, "image_size": side}, notes
 
-# %% ../nbs/04a_brainlm_2024.ipynb #d7481691
+# %% ../nbs/04a_brainlm_2024.ipynb #c350bbfd
+def _settled(
+    cls: type, found: Published, config: PretrainedConfig | None, fields: dict[str, Any]
+) -> tuple[PretrainedConfig, list[str]]:
+    "The configuration to build, and notes about it."
+    facts, notes, told = (dict(found.config) if config is None else config.to_dict()) | fields, [], {}
+    if unknown := sorted(fields.keys() - vars(cls.config_class()).keys()):
+        raise ValueError(
+            f"brainlm: expected fields of {cls.config_class.__name__}, found also {', '.join(unknown)}"
+        )
+    if issubclass(cls, BrainLMViTMAE):
+        told, notes = _image_facts(found, facts)
+    drop = ("model_type", "transformers_version", "torch_dtype", "dtype")
+    config = cls.config_class(**{k: v for k, v in (facts | told).items() if k not in drop})
+    if told and config.image_size != told["image_size"]:
+        raise ValueError(
+            f"{found.where}: expected recordings whose picture is {told['image_size']} pixels wide, found {config.num_brain_voxels} parcels × {config.num_timepoints_per_voxel} frames, which make {config.image_size}"
+        )
+    return config, notes
+
+# %% ../nbs/04a_brainlm_2024.ipynb #fa712ac7
 @patch(cls_method=True)
 def from_pretrained(
     cls: _Published,
@@ -997,29 +1003,12 @@ def from_pretrained(
     "A model from a folder; every weight is found and used, or a ValueError says which is not. `model.load_report` tells the rest."
     for hub_argument in ("adapter_kwargs", "revision", "trust_remote_code", "code_revision"):
         fields.pop(hub_argument, None)  # Auto classes pass these; they mean nothing for a folder on the disk
-    found, notes = read_published(folder), []
+    found = read_published(folder)
     if found.family != cls.__name__:
         raise ValueError(
             f"{folder}: expected the weights of a {cls.__name__}, found those of a {found.family}: use {found.family}.from_pretrained"
         )
-    facts = (dict(found.config) if config is None else config.to_dict()) | fields
-    if issubclass(cls, BrainLMViTMAE):
-        told, notes = _image_facts(found, facts)
-        facts |= told
-    facts = {
-        k: v
-        for k, v in facts.items()
-        if k not in ("model_type", "transformers_version", "torch_dtype", "dtype")
-    }
-    if unknown := sorted(fields.keys() - vars(cls.config_class()).keys()):
-        raise ValueError(
-            f"brainlm: expected fields of {cls.config_class.__name__}, found also {', '.join(unknown)}"
-        )
-    config = cls.config_class(**facts)
-    if issubclass(cls, BrainLMViTMAE) and config.image_size != told["image_size"]:
-        raise ValueError(
-            f"{folder}: expected recordings whose picture is {told['image_size']} pixels wide, found {config.num_brain_voxels} parcels × {config.num_timepoints_per_voxel} frames, which make {config.image_size}"
-        )
+    config, notes = _settled(cls, found, config, fields)
     model = cls(config)
     state, more = _fitted(model, found)
     load_strictly(model, state, str(folder))
@@ -1035,7 +1024,7 @@ def from_pretrained(
     )
     return model.eval()
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #d2975bca
 def load_published(folder: str | Path, **fields: Any) -> BrainLMMAE | BrainLMViTMAE:
     "The model in a published folder, whichever of the two families it is."
     classes = {c.__name__: c for c in (BrainLMMAE, BrainLMViTMAE)}
@@ -1066,12 +1055,12 @@ def save_pretrained(
         temporary.write_text(self.config.to_json_string(use_diff=False))
     return folder
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #52c2a86f
 for _config, _model in ((BrainLMMAEConfig, BrainLMMAE), (BrainLMViTMAEConfig, BrainLMViTMAE)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForPreTraining.register(_config, _model, exist_ok=True)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #eec6f546
+# %% ../nbs/04a_brainlm_2024.ipynb #f1127429
 def read_coordinates(
     path: str | Path,  # number, X, Y, Z in mm in each row, as in A424's Coordinates.dat
     name: str = "a424",
@@ -1089,7 +1078,7 @@ def read_coordinates(
     empty, inside = np.full(len(xyz), ""), np.ones(len(xyz), bool)
     return Space(name, "parcels", xyz, side, empty, inside, "MNI152", names=names).register()
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #4d9bbff2
 class DatRuns:
     "A folder of .dat files (time × parcels, as text) as records; read anew at each pass."
 
@@ -1127,7 +1116,7 @@ class DatRuns:
                 )
             yield Record(values, self.tr, subject, run=path.stem)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #71b7501f
+# %% ../nbs/04a_brainlm_2024.ipynb #005c69a5
 _OVER = {  # min-max variants: from one recording (its own), or from all; over which axes
     "All_Patient_All_Voxel": (False, None), "Per_Patient_All_Voxel": (True, None),
     "Per_Patient_Per_Voxel": (True, 0), "Per_Voxel_All_Patient": (False, 0),
@@ -1167,7 +1156,7 @@ def _to_unit(x: np.ndarray, low, high) -> np.ndarray:
     "0 at low, 1 at high; a parcel that never moves becomes 0."
     return ((x - low) / np.where(high > low, high - low, 1)).astype(np.float32)
 
-# %% ../nbs/04a_brainlm_2024.ipynb #fb9b28fe
+# %% ../nbs/04a_brainlm_2024.ipynb #8e7e9eb4
 @torch.inference_mode()
 def reconstruct(
     model: BrainLMMAE | BrainLMViTMAE,
@@ -1205,7 +1194,7 @@ def reconstruct(
         total, count = total + logits * new, count + new
     return total / count
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #ce2f8265
 def _n_tokens(model: BrainLMMAE | BrainLMViTMAE) -> int:
     c = model.config
     if isinstance(model, BrainLMViTMAE):
