@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -444,8 +445,14 @@ def test_gradients_of_every_weight_agree(fields):
         assert gradient.any() == bool(read), name
 
 
+@pytest.fixture(params=[True, False], ids=["our own", "torch's"])
+def kernel(request, monkeypatch):
+    "Long sequences go another way on a CPU, with dropout or in half precision: here short ones too, or none."
+    monkeypatch.setattr(B, "_MANY", 0 if request.param else 10**9)
+
+
 @pytest.mark.parametrize("open_cls", [False, True])
-def test_dropout_of_shares_by_its_definition(open_cls):
+def test_dropout_of_shares_by_its_definition(open_cls, kernel):
     "With ones as values the output is what each row heard of each key."
     torch.manual_seed(0)
     batch, heads, parcels, blocks, p = 64, 2, 4, 3, 0.3
@@ -473,7 +480,7 @@ def test_dropout_of_shares_by_its_definition(open_cls):
 
 @pytest.mark.parametrize("open_cls", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gradient_of_block_attention_by_differences(open_cls, dropout):
+def test_gradient_of_block_attention_by_differences(open_cls, dropout, kernel):
     torch.manual_seed(0)
     inputs = [torch.randn(2, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
@@ -485,7 +492,7 @@ def test_gradient_of_block_attention_by_differences(open_cls, dropout):
 
 
 @pytest.mark.parametrize("parcels, blocks", [(3, 4), (300, 2), (513, 1)])
-def test_block_attention_in_half_precision(parcels, blocks):
+def test_block_attention_in_half_precision(parcels, blocks, kernel):
     torch.manual_seed(0)
     inputs = [torch.randn(2, 2, 1 + parcels * blocks, 8).bfloat16() for _ in range(3)]
     weight, found = torch.randn(8), []
@@ -522,6 +529,25 @@ def test_dropout_of_attention_in_training_only():
         assert not torch.equal(one(signal, xyz, some()).logits, one(signal, xyz, some()).logits)
 
 
+def test_where_dropout_is():
+    "With everything dropped nothing is left but what goes around it."
+    signal, xyz = data()
+    model = make(BrainLMForFinetuning, hidden_dropout_prob=1.0).train()
+    body = model.model
+    tokens = body.embeddings(signal, xyz)
+    x = torch.cat([body.embeddings.cls_token.expand(2, -1, -1), tokens], 1)
+    out = model(signal, xyz)
+    near(out.last_hidden_state, body.layernorm(x), 1e-6)  # both halves of every layer add 0
+    inside = model.mlp_pred_head.lin3(torch.zeros(2, 8))
+    near(out.logits, inside, 1e-6)
+    model = make(embedding_dropout_prob=1.0).train()
+    assert not model.model.embeddings(signal, xyz, some()).any()
+    legacy = make(embedding_dropout_prob=1.0, legacy_mask=True).train().model.embeddings  # as published
+    tokens = legacy(signal, xyz, some()).unflatten(1, (3, 6)).transpose(1, 2)
+    assert not tokens[~some()].any()
+    assert torch.equal(tokens[some()], legacy.mask_token[0].expand(int(some().sum()), -1))
+
+
 # ---- nothing looks ahead
 
 
@@ -536,6 +562,7 @@ def ahead(draw):
         "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])),
         "legacy": draw(st.booleans()),
         "masked": draw(st.booleans()),
+        "many": draw(st.sampled_from([0, 512])),  # tokens from which another kernel takes over
         "factor": draw(st.sampled_from([-1.0, 0.0, 3.0, 1e4])),
         "seed": draw(st.integers(0, 999)),
     }
@@ -569,7 +596,8 @@ def test_what_comes_later_changes_nothing_before(case, attention):
         check_input=False,
     )
     signal, other, masks, xyz = changed_later(case)
-    one, two = model(signal, xyz, masks[0]), model(other, xyz, masks[1])
+    with mock.patch.object(B, "_MANY", case["many"]):
+        one, two = model(signal, xyz, masks[0]), model(other, xyz, masks[1])
     early = slice(1, 1 + case["known"] * case["parcels"])
     assert torch.equal(one.last_hidden_state[:, early], two.last_hidden_state[:, early])
     assert torch.equal(one.logits[:, :, : case["known"]], two.logits[:, :, : case["known"]])
@@ -1053,6 +1081,12 @@ def test_reading_on_where_it_cannot_be():
         model.extend(cache, signal[:1], xyz)
     with pytest.raises(ValueError, match="found 2 with 5"):
         model.extend(cache, signal[:, :5], xyz[:5])
+    half = torch.zeros(2, 6, 2)
+    half[..., 0] = 1
+    with pytest.raises(ValueError, match="finite signals"):  # half of it is seen
+        model.extend(cache, signal * math.nan, xyz, half)
+    guess, _ = model.extend(cache, signal * math.nan, xyz, torch.ones(2, 6, 2))  # nothing of it is
+    assert guess.isfinite().all()
     cache.blocks, cache.keys = 4999, [k[:, :, :1].expand(-1, -1, 4999 * 6, -1) for k in cache.keys]
     with pytest.raises(ValueError, match="up to 5000 time blocks, found 5001; start again with the latest"):
         model.extend(cache, signal, xyz)
@@ -1665,7 +1699,7 @@ def test_published_order_of_arguments():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_with_checkpointing(dropout):
+def test_gradients_with_checkpointing(dropout, kernel):
     found = []
     for checkpointing in (False, True):
         model = make(attention_probs_dropout_prob=dropout, hidden_dropout_prob=dropout).train()
@@ -1682,7 +1716,7 @@ def test_gradients_with_checkpointing(dropout):
 
 
 @pytest.mark.parametrize("cls", [BrainLMForPretraining, BrainLMForFinetuning])
-def test_bfloat16(cls):
+def test_bfloat16(cls, kernel):
     signal, xyz = data(8)
     given_ = {"labels": torch.linspace(20.0, 80, 8)} if cls is BrainLMForFinetuning else {"mask": some(8)}
     fields = {"target_centre": [50.0], "target_scale": [20.0]}
@@ -1765,7 +1799,7 @@ def steps_together(rank, out, port=None):
     from torch.nn.parallel import DistributedDataParallel
 
     if port is not None:
-        wait, at = datetime.timedelta(seconds=60), f"tcp://127.0.0.1:{port}"
+        wait, at = datetime.timedelta(seconds=100), f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", at, rank=rank, world_size=2, timeout=wait)
     signal, xyz = data(4)
     mine = slice(None) if port is None else slice(2 * rank, 2 * rank + 2)
@@ -1797,7 +1831,7 @@ def test_two_processes_train_as_one(tmp_path):
     try:
         steps_together(0, tmp_path / "both", port)
     finally:
-        told = other.communicate(timeout=60)[1]
+        told = other.communicate(timeout=100)[1]
     assert other.returncode == 0, told
     steps_together(0, tmp_path / "alone")
     for cls in ("BrainLMForPretraining", "BrainLMForFinetuning"):
