@@ -13,6 +13,12 @@ from fmri_book.brainlm import BlockByBlock, block_attention, block_causal, dense
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
+@pytest.fixture(autouse=True)
+def at_any_size(monkeypatch):
+    "Our own attention for few tokens, too."
+    monkeypatch.setattr(B, "_MANY", 0)
+
+
 def tokens(batch=2, heads=2, parcels=5, blocks=3, width=8, dtype=torch.float64):
     chance = torch.Generator().manual_seed(0)
     shape = (batch, heads, 1 + parcels * blocks, width)
