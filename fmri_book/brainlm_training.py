@@ -132,7 +132,7 @@ def _some(parcels: Sequence[int], names: Sequence[str] | None = None) -> str:
     shown = ", ".join(str(p) if names is None else f"{p} ({names[p]})" for p in list(parcels)[:5])
     return f"{len(parcels)} parcels ({shown}{' …' if len(parcels) > 5 else ''})"
 
-# %% ../nbs/04b_brainlm_training.ipynb #ef966d34
+# %% ../nbs/04b_brainlm_training.ipynb #9eece203
 def check_parcels(space: Space) -> Space:  # the same
     """Refuses parcels in a wrong order, mirrored, in voxel units or without a place, as far as names and known atlases tell:
     Schaefer (alone or beside other regions) by its names and places, A424 by its mirrored pairs. Raises `ValueError`."""
@@ -167,7 +167,7 @@ def check_parcels(space: Space) -> Space:  # the same
 
 _SCHAEFER = re.compile(r"(?:^|_)[LR]H_(?:Vis|SomMot|DorsAttn|SalVentAttn|Limbic|Cont|Default)")
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #cc8e41c9
 def _side(name: str) -> str:
     found = re.search(
         r"(?:^|[_-])(?:(LH|lh|left|Left|L)|(RH|rh|right|Right|R))(?:[_-](?!.*[_-][lr]h$)|$)", name
@@ -188,7 +188,7 @@ def _as_schaefer(space: Space, cortical: np.ndarray, xyz: np.ndarray) -> None:
             f"number {cortical[i] + 1} ({space.names[cortical[i]]}) lies where {known.names[near]} is. Mirrored, or another order?"
         )
 
-# %% ../nbs/04b_brainlm_training.ipynb #9551cc0a
+# %% ../nbs/04b_brainlm_training.ipynb #dfdc70a4
 _COLUMNS = {
     "number": ("index", "number", "roi label", "label", "id", "parcel"),
     "name": ("roi name", "name", "region", "label name"),
@@ -216,7 +216,7 @@ def _is_number(cell: str) -> bool:
         return False
     return True
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #7e8e1164
 def _columns_of(rows: list[list[str]], path: Path) -> dict[str, int]:
     "Which column is what: from a first row without numbers, else number, X, Y, Z, name."
     if sum(map(_is_number, rows[0])) >= 3:
@@ -229,7 +229,7 @@ def _columns_of(rows: list[list[str]], path: Path) -> dict[str, int]:
         raise ValueError(f"{path}: expected columns X, Y and Z (or R, A and S), found {', '.join(head)}")
     return {what: i for what, i in found.items() if i is not None}
 
-# %% ../nbs/04b_brainlm_training.ipynb #b621ad4b
+# %% ../nbs/04b_brainlm_training.ipynb #e5a06002
 def space_from_table(
     path: str | Path,  # .csv, .tsv or .dat: number, X, Y, Z in mm, and names; with or without a row of titles
     name: str,  # of the space
@@ -239,42 +239,35 @@ def space_from_table(
 ) -> Space:
     "An atlas from the table of its coordinates (MNI152 mm), checked and registered by its name. Raises `ValueError`."
     path = Path(path)
+    xyz, told = _places_in(path, n)
+    told = list(names) if names is not None else told or [f"{name}_{i + 1}" for i in range(len(xyz))]
+    if len(told) != len(xyz) or len(set(told)) != len(xyz):
+        raise ValueError(
+            f"{path}: expected {len(xyz)} different names, found {len(set(told))} of {len(told)}"
+        )
+    side = np.where(xyz[:, 0] < 0, "L", np.where(xyz[:, 0] > 0, "R", ""))
+    found = [re.search(r"[LR]H_([A-Za-z]+)", name_) for name_ in told]
+    network = np.array([m[1] if m and m[1] in NETWORKS else "" for m in found])
+    inside = np.ones(len(xyz), bool)
+    space = Space(name, "parcels", xyz, side, network, inside, "MNI152", names=np.array(told))
+    return check_parcels(space).register()
+
+# %% ../nbs/04b_brainlm_training.ipynb #faee8297
+def _places_in(path: Path, n: int | None) -> tuple[np.ndarray, list[str]]:  # (parcels, 3) mm; names, if any
+    "The numbers of a table, in its order, which must be 1, 2, 3 …"
     rows = _cells(path)
     where = _columns_of(rows, path)
     if n is not None and len(rows) != n:
         raise ValueError(f"{path}: expected {n} parcels, found {len(rows)}")
     if not all(_is_number(row[where[a]]) for row in rows for a in "xyz"):
         raise ValueError(f"{path}: expected numbers in X, Y and Z, found words")
-    if "number" in where and [row[where["number"]].removesuffix(".0") for row in rows] != [
-        str(i + 1) for i in range(len(rows))
-    ]:
-        first = next(i for i, row in enumerate(rows) if row[where["number"]].removesuffix(".0") != str(i + 1))
-        raise ValueError(
-            f"{path}: expected parcels numbered 1, 2, 3 … in this order, found {rows[first][where['number']]} in row {first + 1}"
-        )
+    for i, row in enumerate(rows) if "number" in where else ():
+        if (number := row[where["number"]].removesuffix(".0")) != str(i + 1):
+            raise ValueError(
+                f"{path}: expected parcels numbered 1, 2, 3 … in this order, found {number} in row {i + 1}"
+            )
     xyz = np.array([[float(row[where[a]]) for a in "xyz"] for row in rows], np.float32)
-    told = (
-        names
-        if names is not None
-        else [row[where["name"]] for row in rows]
-        if "name" in where
-        else [f"{name}_{i + 1}" for i in range(len(rows))]
-    )
-    if len(told) != len(rows) or len(set(told)) != len(rows):
-        raise ValueError(
-            f"{path}: expected {len(rows)} different names, found {len(set(told))} of {len(told)}"
-        )
-    side = np.where(xyz[:, 0] < 0, "L", np.where(xyz[:, 0] > 0, "R", ""))
-    network = np.array(
-        [
-            found[1] if (found := re.search(r"[LR]H_([A-Za-z]+)", t)) and found[1] in NETWORKS else ""
-            for t in told
-        ]
-    )
-    space = Space(
-        name, "parcels", xyz, side, network, np.ones(len(xyz), bool), "MNI152", names=np.array(told)
-    )
-    return check_parcels(space).register()
+    return xyz, [row[where["name"]] for row in rows] if "name" in where else []
 
 # %% ../nbs/04b_brainlm_training.ipynb #bd07a8f5
 @dataclass
@@ -311,7 +304,7 @@ def survey(
         zscored &= bool(live.size and near[0].all() and near[1].all())
     return Survey(bad, zscored, n)
 
-# %% ../nbs/04b_brainlm_training.ipynb #f747b8ab
+# %% ../nbs/04b_brainlm_training.ipynb #e2f49fd1
 _OF_DATA = {"self", "others", "num_brain_voxels", "space", "layout", "tr", "zscore", "scaler", "coordinates"}
 _OF_TARGETS = {
     "num_targets",
@@ -330,7 +323,7 @@ def _model_section(preset: str) -> dict[str, Any]:
     rest = {k: p.default for k, p in known.items() if k not in _OF_DATA | _OF_TARGETS}
     return rest | PRESETS[preset].config()
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #25f8a104
 def _data_section(preset: str) -> dict[str, Any]:
     "Where recordings come from, and who evaluates."
     size = PRESETS[preset]
@@ -400,7 +393,7 @@ class _OfParcels(Recipe):
     def eval_data(self) -> dict[str, Any]:
         return self.sets
 
-# %% ../nbs/04b_brainlm_training.ipynb #011d74eb
+# %% ../nbs/04b_brainlm_training.ipynb #631da55b
 @patch
 def _recordings(self: _OfParcels) -> Any:
     "Recordings that are not a store yet."
@@ -427,7 +420,7 @@ def _recordings(self: _OfParcels) -> Any:
 def _space(self: _OfParcels) -> str:
     return self.config.data.space or self._size.space
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #a674f32e
 @patch
 def _store(self: _OfParcels) -> Path | None:
     "Where made or converted recordings are; None: they can be read where they lie."
@@ -453,7 +446,7 @@ def _store(self: _OfParcels) -> Path | None:
     digest = blake2b(json.dumps(told, default=str).encode(), digest_size=6).hexdigest()
     return Path(data.cache or Path(self.config.out) / "data") / f"{Path(data.train).name}-{digest}"
 
-# %% ../nbs/04b_brainlm_training.ipynb #f2f3bf62
+# %% ../nbs/04b_brainlm_training.ipynb #337554a2
 @patch
 def _open(self: _OfParcels) -> None:
     "The source, who trains, who evaluates."
@@ -490,7 +483,7 @@ def _places(self: _OfParcels) -> Space:
         )
     return given
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #f8c82bed
 @patch
 def _config(self: _OfParcels, facts: Mapping[str, Any], **fields: Any) -> BrainLMConfig:
     "Of a new model: parcels, TR and scaler of the recordings."
@@ -630,7 +623,7 @@ def _tell(self: _OfParcels, facts: Mapping[str, Any]) -> None:
             stacklevel=2,
         )
 
-# %% ../nbs/04b_brainlm_training.ipynb #caf77a9c
+# %% ../nbs/04b_brainlm_training.ipynb #161068ba
 @patch
 def _ready(self: _OfParcels, device: torch.device) -> dict[str, Any]:  # facts of the survey
     "Clips, and what unpacks them."
@@ -657,7 +650,7 @@ def _ready(self: _OfParcels, device: torch.device) -> dict[str, Any]:  # facts o
 def _label(self: _OfParcels) -> None:
     "Targets of all sets; pretraining has none."
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #074ecd69
 @patch
 def _another(self: _OfParcels, name: str, path: str, rule: dict) -> Any:
     from fmri_book.training import _source
@@ -677,7 +670,7 @@ def _another(self: _OfParcels, name: str, path: str, rule: dict) -> Any:
     self.bad = self.bad | found.bad
     return Evenly(source, range(len(source)), self.config.data.windows, **rule)
 
-# %% ../nbs/04b_brainlm_training.ipynb #df0ff895
+# %% ../nbs/04b_brainlm_training.ipynb #4a9f8e35
 class Evenly(Dataset):
     "Windows of each recording at even distances, the first at its beginning and the last at its end."
 
@@ -714,7 +707,7 @@ class Evenly(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         return self.clips.batch(self.numbers[np.asarray(indices)])
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #2c160c1c
 class Masked(Dataset):
     "The same windows, with the word that says how they are hidden."
 
@@ -795,7 +788,7 @@ def terms(self: BrainLMRecipe, output: Any, batch: dict[str, Any]) -> Tensor:
     "Hidden frames that have data."
     return output.n_points
 
-# %% ../nbs/04b_brainlm_training.ipynb #93b70d08
+# %% ../nbs/04b_brainlm_training.ipynb #18a1c0a6
 def straight_lines(
     signal: Tensor,  # (…, T)
     hidden: Tensor,  # (…, T) bool
@@ -833,7 +826,7 @@ def sums(self: BrainLMRecipe, name: str, output: Any, batch: dict[str, Any]) -> 
     parts = [torch.ones_like(x), x, x**2, (made - x) ** 2, (made - x).abs(), (line - x) ** 2]
     return torch.stack([p.sum() for p in parts]).cpu()
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #aca0e9ed
 @patch
 def measures(self: BrainLMRecipe, name: str, sums: Tensor) -> dict[str, float]:
     "Unclipped R² beside that of straight lines, MSE and MAE, in scaled units."
@@ -873,7 +866,7 @@ def figure(self: BrainLMRecipe, output: Any, title: str) -> Figure:
     figure.suptitle(title, fontsize=10)
     return figure
 
-# %% ../nbs/04b_brainlm_training.ipynb #4cf8c995
+# %% ../nbs/04b_brainlm_training.ipynb #1b4c6c0c
 SCALINGS = ("zscore", "log1p", "log1p-max", "max", "none")
 
 
@@ -893,7 +886,7 @@ class Targets:
         "A name for each number that is predicted."
         return self.classes if self.kind == "classification" else self.names
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #ac382c45
 def scale_targets(
     values: np.ndarray,  # (recordings, targets) of the training people, NaN unknown
     how: str = "zscore",  # one of SCALINGS
@@ -920,7 +913,7 @@ def scale_targets(
         "target_scale": scale.tolist(),
     }
 
-# %% ../nbs/04b_brainlm_training.ipynb #cab51ab2
+# %% ../nbs/04b_brainlm_training.ipynb #f0792273
 _PEOPLE = ("subject", "subject_id", "participant_id", "eid", "Patient ID")
 _VISITS = ("session", "session_id")
 
@@ -958,7 +951,7 @@ def _same(a: Any, b: Any) -> bool:
 def _unknown(cell: Any) -> bool:
     return plain_name(cell) == ""
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #5b62a5c2
 def _number(cell: Any, name: str, key: str) -> float:
     if _unknown(cell):
         return float("nan")
@@ -969,7 +962,7 @@ def _number(cell: Any, name: str, key: str) -> float:
             f"targets: expected numbers in {name}, found {cell!r} for {key}; for names set target.kind=classification"
         ) from None
 
-# %% ../nbs/04b_brainlm_training.ipynb #56bf4705
+# %% ../nbs/04b_brainlm_training.ipynb #ecc6541a
 def targets_of(
     index: pd.DataFrame,  # of a source: key, subject, session
     metas: Sequence[dict],  # what the recordings say themselves, for a table of None
@@ -990,32 +983,37 @@ def targets_of(
             f"targets: expected kind regression with columns, or classification with one, found {kind} with {list(columns)}"
         )
     if table is not None:
-        rows = _table_of(table, columns, id_column, session)
-        cells = [
-            rows.get((s, v), rows.get((s,), [None] * len(columns)))
-            for s, v in zip(index["subject"], index["session"])
-        ]
+        rows, none = _table_of(table, columns, id_column, session), [None] * len(columns)
+        cells = [rows.get((s, v), rows.get((s,), none)) for s, v in zip(index["subject"], index["session"])]
     else:
-        people = [m.get("phenotypes", {}) for m in metas]
-        if absent := [c for c in columns if not any(c in p for p in people)]:
-            known = sorted({c for p in people for c in p})
-            raise ValueError(
-                f"targets: expected phenotypes {', '.join(absent)} with the recordings, found {', '.join(known) or 'none'}; or give target.table=FILE"
-            )
-        cells = [[p.get(c) for c in columns] for p in people]
+        cells = _phenotypes(metas, columns)
     if kind == "classification":
         names = (
-            sorted({_label(c[0]) for c in cells if not _unknown(c[0])}) if classes is None else list(classes)
+            sorted({_class_name(c[0]) for c in cells if not _unknown(c[0])})
+            if classes is None
+            else list(classes)
         )
         number = {name: float(i) for i, name in enumerate(names)}
-        made = [[float("nan") if _unknown(c[0]) else number[_known(_label(c[0]), number)]] for c in cells]
+        made = [
+            [float("nan") if _unknown(c[0]) else number[_known(_class_name(c[0]), number)]] for c in cells
+        ]
     else:
         names = []
         made = [[_number(x, n, k) for x, n in zip(c, columns)] for c, k in zip(cells, index["key"])]
     return Targets(list(columns), kind, {k: np.array(v) for k, v in zip(index["key"], made)}, names)
 
+# %% ../nbs/04b_brainlm_training.ipynb #a591dcd6
+def _phenotypes(metas: Sequence[dict], columns: Sequence[str]) -> list[list]:
+    people = [m.get("phenotypes", {}) for m in metas]
+    if absent := [c for c in columns if not any(c in p for p in people)]:
+        known = ", ".join(sorted({c for p in people for c in p})) or "none"
+        raise ValueError(
+            f"targets: expected phenotypes {', '.join(absent)} with the recordings, found {known}; or give target.table=FILE"
+        )
+    return [[p.get(c) for c in columns] for p in people]
 
-def _label(cell: Any) -> str:
+# %% ../nbs/04b_brainlm_training.ipynb #c2c401c3
+def _class_name(cell: Any) -> str:
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
 
@@ -1026,7 +1024,7 @@ def _known(label: str, classes: Mapping[str, float]) -> str:
         )
     return label
 
-# %% ../nbs/04b_brainlm_training.ipynb #0ac26649
+# %% ../nbs/04b_brainlm_training.ipynb #07f0a67a
 def connectivity_features(
     source: Any, rows: Sequence[int]
 ) -> np.ndarray:  # (recordings, pairs of parcels) float32
@@ -1041,7 +1039,7 @@ def connectivity_features(
         made.append(np.arctanh(np.clip(r, -0.999999, 0.999999)))
     return np.stack(made)
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #1e345498
 def linear_baseline(
     known: np.ndarray,  # (n, features) of training recordings
     targets: np.ndarray,  # (n,) numbers, or numbers of classes
@@ -1064,7 +1062,11 @@ def linear_baseline(
     folds = min(5, len(set(people)))
     if kind == "regression":
         cv = list(GroupKFold(folds).split(inside, targets, people))
-        return RidgeCV(np.logspace(-3, 3, 13), cv=cv).fit(inside, targets).predict(outside)
+        return (
+            RidgeCV(np.logspace(-3, 3, 13), cv=cv, scoring="neg_mean_squared_error")
+            .fit(inside, targets)
+            .predict(outside)
+        )
     cv = list(StratifiedGroupKFold(folds).split(inside, targets, people))
     model = LogisticRegressionCV(
         Cs=np.logspace(-3, 3, 7), cv=cv, class_weight="balanced", scoring="balanced_accuracy", max_iter=2000
@@ -1103,11 +1105,11 @@ def class_scores(
         "auc": float(np.mean(areas)) if areas else float("nan"),
     }
 
-# %% ../nbs/04b_brainlm_training.ipynb #9a7de591
+# %% ../nbs/04b_brainlm_training.ipynb #361a110e
 METHODS = ("probe", "full", "lora")
 _TUNED = {"steps": 200, "eval_every": 100, "eval_clips": None, "lr": 1e-3}
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #24038cbc
 @recipe("brainlm-finetune")
 class FinetuneRecipe(_OfParcels):
     "From a pretrained folder to numbers or classes of people."
@@ -1138,23 +1140,23 @@ class FinetuneRecipe(_OfParcels):
         }
         return _options(preset) | _TUNED | {"data": _data_section(preset), "model": model, "target": target}
 
-    @property
-    def _frames(self) -> int:
-        asked = self.config.model.num_timepoints_per_voxel
-        return (
-            asked
-            or (self._told or BrainLMConfig(**PRESETS[self.config.preset].config())).num_timepoints_per_voxel
-        )
+# %% ../nbs/04b_brainlm_training.ipynb #9386c267
+@patch(as_prop=True)
+def _frames(self: FinetuneRecipe) -> int:
+    "Of a window: as in pretraining, if nothing else is asked for."
+    asked = self.config.model.num_timepoints_per_voxel
+    return asked or (self._told.num_timepoints_per_voxel if self._told is not None else self._size.frames)
 
-    @property
-    def _told(self) -> BrainLMConfig | None:
-        "The config of the pretrained model."
-        if not hasattr(self, "_pretrained"):
-            path = self.config.model.pretrained
-            self._pretrained = None if path is None else BrainLMConfig.from_pretrained(_weights_at(path))
-        return self._pretrained
 
-# %% ../nbs/04b_brainlm_training.ipynb #fb7cf6ae
+@patch(as_prop=True)
+def _told(self: FinetuneRecipe) -> BrainLMConfig | None:
+    "The config of the pretrained model."
+    if not hasattr(self, "_pretrained"):
+        path = self.config.model.pretrained
+        self._pretrained = None if path is None else BrainLMConfig.from_pretrained(_weights_at(path))
+    return self._pretrained
+
+# %% ../nbs/04b_brainlm_training.ipynb #22c5c7c7
 def _weights_at(path: str) -> str:
     "The folder of weights: as given, or model/ in the folder of a run."
     folder = Path(path)
@@ -1187,7 +1189,7 @@ def _parts(self: FinetuneRecipe) -> list[str]:
         )
     return ["not used: no target" if p in used and not k else p for p, k in zip(parts, known)]
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #817a56e8
 @patch
 def _scaler(self: FinetuneRecipe, found: Survey) -> Scaler:
     "That of the pretrained model; a model from random weights gets one of its own."
@@ -1208,7 +1210,7 @@ def _scaler(self: FinetuneRecipe, found: Survey) -> Scaler:
         )
     return Scaler.from_dict(told.scaler)
 
-# %% ../nbs/04b_brainlm_training.ipynb #ac2bb6b9
+# %% ../nbs/04b_brainlm_training.ipynb #d9dedbb3
 @patch
 def setup(self: FinetuneRecipe, device: torch.device) -> nn.Module:
     "Opens recordings and targets; the head is new, the rest comes from the pretrained folder."
@@ -1240,7 +1242,7 @@ def _label(self: FinetuneRecipe) -> None:
     for name in self.config.data.evaluate:
         self.labels |= self._labelled(self.clips[name].clips.source, self.targets.classes).values
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #2382c0f1
 @patch
 def _head(self: FinetuneRecipe) -> dict[str, Any]:
     "Fields of the config that targets decide; numbers come from the training people."
@@ -1353,7 +1355,7 @@ def measures(self: FinetuneRecipe, name: str, sums: Tensor) -> dict[str, float]:
             row |= {f"{m}{end}/{target}": v for m, v in scores.items()}
     return row
 
-# %% ../nbs/04b_brainlm_training.ipynb #58dddd54
+# %% ../nbs/04b_brainlm_training.ipynb #6dece576
 @patch
 def _baselines(self: FinetuneRecipe, name: str) -> dict[str, np.ndarray]:
     "Training mean or majority, and a linear model of connectivity; made once for each set."
@@ -1384,7 +1386,7 @@ def _baselines(self: FinetuneRecipe, name: str) -> dict[str, np.ndarray]:
         self._made_baselines[name] = made
     return self._made_baselines[name]
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #1c1d98fd
 @patch
 def _write_predictions(
     self: FinetuneRecipe, name: str, made: dict, truth: np.ndarray, windows: list[int]
