@@ -402,7 +402,7 @@ def _compiled_flex() -> Any:
 
     return torch.compile(flex_attention, dynamic=False)
 
-# %% ../nbs/04_brainlm.ipynb #75136ca9
+# %% ../nbs/04_brainlm.ipynb #e3cac492
 def flex_attention(
     q: Tensor, k: Tensor, v: Tensor, parcels: int, open_cls: bool = False, dropout: float = 0.0
 ) -> Tensor:
@@ -427,7 +427,7 @@ def _attention_of(kind: str, q: Tensor, dropout: float) -> Any:
         kind = "flex" if q.is_cuda and fits and not dropout else "blocks"
     return {"blocks": block_attention, "flex": flex_attention, "dense": dense_attention}[kind]
 
-# %% ../nbs/04_brainlm.ipynb #f5d12b64
+# %% ../nbs/04_brainlm.ipynb #9e9e241a
 class BrainLMAttention(nn.Module):
     "Queries, keys and values of all tokens, and who reads whom."
 
@@ -482,7 +482,7 @@ class BrainLMLayer(GradientCheckpointingLayer):
         x = x + self.dropout(self.attn_output(context))
         return x + self.dropout(self.ffn_output(self.act(self.intermediate(self.layernorm_after(x)))))
 
-# %% ../nbs/04_brainlm.ipynb #a632601d
+# %% ../nbs/04_brainlm.ipynb #c81b9f9e
 def _named(parcels: Tensor, names: Sequence[str] | None = None) -> str:
     numbers = parcels.flatten().nonzero().flatten().tolist()
     shown = ", ".join(str(i) if names is None else f"{i} ({names[i]})" for i in numbers[:5])
@@ -521,7 +521,7 @@ def check_scaled(
             "apply it, and keep it in the model's config (BrainLMConfig.for_data)"
         )
 
-# %% ../nbs/04_brainlm.ipynb #5e57562b
+# %% ../nbs/04_brainlm.ipynb #9501094a
 def _check_shape(xyz: Tensor, parcels: int, where: str) -> None:
     if xyz.ndim not in (2, 3) or xyz.shape[-2:] != (parcels, 3):
         raise ValueError(
@@ -552,7 +552,7 @@ def check_coordinates(
             f"{where}: expected millimetres within 250 of the origin, found numbers up to {flat.abs().max():.3g}"
         )
 
-# %% ../nbs/04_brainlm.ipynb #d341b384
+# %% ../nbs/04_brainlm.ipynb #f2e8dd35
 @dataclass
 class BrainLMOutput(ModelOutput):
     "What a forward pass gives."
@@ -599,7 +599,7 @@ class _BrainLMBase(PreTrainedModel):
             with torch.no_grad():
                 module.pe.copy_(sinusoid(*module.pe.shape))
 
-# %% ../nbs/04_brainlm.ipynb #1643ce09
+# %% ../nbs/04_brainlm.ipynb #35855f3f
 @contextmanager
 def _resting(model: nn.Module) -> Iterator[None]:
     "Evaluation for a while; afterwards every part is in the mode that it was in."
@@ -627,7 +627,7 @@ def _refuse(others: Mapping[str, Any]) -> None:
             f"brainlm: expected signal_vectors, xyz_vectors, mask, labels, missing or generator, found {', '.join(wrong)}"
         )
 
-# %% ../nbs/04_brainlm.ipynb #3fa15def
+# %% ../nbs/04_brainlm.ipynb #c6b9ee7e
 class BrainLMModel(_BrainLMBase):
     "Tokens, layers, and a last normalisation; no predictions."
 
@@ -659,7 +659,7 @@ class BrainLMModel(_BrainLMBase):
             last_hidden_state=self.layernorm(x), mask=None if mask is None else mask.to(x.device).bool()
         )
 
-# %% ../nbs/04_brainlm.ipynb #58e574ca
+# %% ../nbs/04_brainlm.ipynb #b2e828e5
 @patch
 def _shape(self: BrainLMModel, signal: Tensor) -> tuple[int, int, int]:  # batch, parcels, blocks
     config = self.config
@@ -685,7 +685,7 @@ def _shape(self: BrainLMModel, signal: Tensor) -> tuple[int, int, int]:  # batch
         )
     return batch, parcels, frames // patch_
 
-# %% ../nbs/04_brainlm.ipynb #d19e6803
+# %% ../nbs/04_brainlm.ipynb #c71d1b1a
 @patch
 def _inputs(
     self: BrainLMModel,
@@ -711,7 +711,7 @@ def _inputs(
         signal = signal.masked_fill(missing.to(signal.device).bool()[..., None], 0)
     return signal.to(weight.device, weight.dtype), xyz.to(weight.device, weight.dtype), hidden
 
-# %% ../nbs/04_brainlm.ipynb #867e460c
+# %% ../nbs/04_brainlm.ipynb #951e11b8
 @patch
 def _hidden(
     self: BrainLMModel, mask: Tensor | None, missing: Tensor | None, shape: tuple[int, int, int]
@@ -732,7 +732,7 @@ def _hidden(
         hidden = without if hidden is None else hidden | without
     return hidden
 
-# %% ../nbs/04_brainlm.ipynb #98de5604
+# %% ../nbs/04_brainlm.ipynb #1a74f2ec
 @patch
 def _coordinates(self: BrainLMModel, xyz: Tensor | None, parcels: int) -> Tensor:
     if xyz is None:
@@ -748,7 +748,7 @@ def _coordinates(self: BrainLMModel, xyz: Tensor | None, parcels: int) -> Tensor
         check_coordinates(xyz, parcels)
     return xyz
 
-# %% ../nbs/04_brainlm.ipynb #0df388e6
+# %% ../nbs/04_brainlm.ipynb #ea7aafb9
 def masked_error(
     predicted: Tensor,  # (B, V, N, P)
     target: Tensor,  # (B, V, N, P)
@@ -782,7 +782,7 @@ class BrainLMForPretraining(_BrainLMBase):
         )
         self.post_init()
 
-# %% ../nbs/04_brainlm.ipynb #97c9c65e
+# %% ../nbs/04_brainlm.ipynb #b2d09a38
 @patch
 def _drawn(
     self: BrainLMForPretraining, signal: Tensor, generator: Any
@@ -798,7 +798,7 @@ def _drawn(
         signal.device
     )
 
-# %% ../nbs/04_brainlm.ipynb #2f72e616
+# %% ../nbs/04_brainlm.ipynb #6d06e922
 @patch
 def forward(
     self: BrainLMForPretraining,
@@ -839,7 +839,7 @@ def forward(
         )
     return BrainLMOutput(loss, logits, found.last_hidden_state, found.mask, points)
 
-# %% ../nbs/04_brainlm.ipynb #2254a16e
+# %% ../nbs/04_brainlm.ipynb #d7b405e2
 @patch
 def scaled(
     self: _BrainLMBase,
@@ -876,7 +876,7 @@ def scaled(
         )
     return {"signal_vectors": ((signal.float() - centre) / scale).transpose(1, 2)} | given
 
-# %% ../nbs/04_brainlm.ipynb #5a3e0d43
+# %% ../nbs/04_brainlm.ipynb #6b00b455
 @patch
 def _check_recordings(self: _BrainLMBase, signal: Tensor, tr: Any) -> None:
     if signal.ndim != 3:
@@ -903,7 +903,7 @@ def embed(self: _BrainLMBase, batch: Mapping[str, Any]) -> Embeddings:
         ).last_hidden_state
     return Embeddings(hidden[:, :1], None, hidden[:, 1:])
 
-# %% ../nbs/04_brainlm.ipynb #b2e259ef
+# %% ../nbs/04_brainlm.ipynb #792b015d
 @patch
 @torch.no_grad()
 def predict(
@@ -931,7 +931,7 @@ class BlockCache:
     values: list[Tensor]
     blocks: int = 0
 
-# %% ../nbs/04_brainlm.ipynb #dc2e61cf
+# %% ../nbs/04_brainlm.ipynb #babefeef
 @patch
 @torch.no_grad()
 def extend(
@@ -971,7 +971,7 @@ def extend(
     )
     return self.layernorm(x), new
 
-# %% ../nbs/04_brainlm.ipynb #67ab9632
+# %% ../nbs/04_brainlm.ipynb #9ab7f715
 @patch
 def _check_cache(self: BrainLMModel, cache: BlockCache | None, batch: int, parcels: int, new: int) -> None:
     if cache is None:
@@ -986,7 +986,7 @@ def _check_cache(self: BrainLMModel, cache: BlockCache | None, batch: int, parce
             f"brainlm: expected up to {most} time blocks, found {cache.blocks + new}; start again with the latest blocks only"
         )
 
-# %% ../nbs/04_brainlm.ipynb #bfd0916c
+# %% ../nbs/04_brainlm.ipynb #e7d6b352
 @dataclass
 class BrainLMPrediction(ModelOutput):
     "What a fine-tuned model gives."
@@ -1015,7 +1015,7 @@ class _MLPHead(nn.Module):
             x = F.relu(self.dropout(layer(x)))
         return self.lin3(x)
 
-# %% ../nbs/04_brainlm.ipynb #7647cba4
+# %% ../nbs/04_brainlm.ipynb #06eef81a
 class BrainLMForFinetuning(_BrainLMBase):
     "BrainLM with a head for one number, several, or a class, of a whole window."
 
@@ -1047,7 +1047,7 @@ class BrainLMForFinetuning(_BrainLMBase):
         kind, cls, mean = self.config.pooling, hidden[:, 0], hidden[:, 1:].mean(1)
         return cls if kind == "cls" else mean if kind == "mean" else torch.cat([cls, mean], -1)
 
-# %% ../nbs/04_brainlm.ipynb #cd0a06d4
+# %% ../nbs/04_brainlm.ipynb #8a1bc042
 @patch
 def forward(
     self: BrainLMForFinetuning,
@@ -1077,7 +1077,7 @@ def forward(
     loss, known = (self._class_loss if classes else self._number_loss)(logits, labels, centre, scale)
     return BrainLMPrediction(loss, logits, predictions, hidden, known)
 
-# %% ../nbs/04_brainlm.ipynb #bfe3d1e2
+# %% ../nbs/04_brainlm.ipynb #9dff8d0a
 @patch
 def _target_scaling(self: BrainLMForFinetuning, like: Tensor) -> tuple[Tensor, Tensor]:
     n, c = self.config.num_targets, self.config
@@ -1107,7 +1107,7 @@ def _transformed(self: BrainLMForFinetuning, labels: Tensor) -> Tensor:
         )
     return torch.where(logged, labels.log1p(), labels) if logged.any() else labels
 
-# %% ../nbs/04_brainlm.ipynb #5889080b
+# %% ../nbs/04_brainlm.ipynb #72df588e
 @patch
 def _number_loss(
     self: BrainLMForFinetuning, logits: Tensor, labels: Tensor, centre: Tensor, scale: Tensor
@@ -1123,7 +1123,7 @@ def _number_loss(
     total = error.square().sum() if self.config.loss_fn == "mse" else error.abs().sum()
     return (total + 0 * logits.sum()) / known.sum().clamp(min=1), known.sum()
 
-# %% ../nbs/04_brainlm.ipynb #2eeaccab
+# %% ../nbs/04_brainlm.ipynb #2c0f936f
 @patch
 def _class_loss(
     self: BrainLMForFinetuning, logits: Tensor, labels: Tensor, *_: Tensor
@@ -1150,7 +1150,7 @@ def _class_loss(
     count = known.sum() if weights is None else weights[labels[known]].sum()
     return total / count.clamp(min=1e-12), known.sum()
 
-# %% ../nbs/04_brainlm.ipynb #5a8d16bb
+# %% ../nbs/04_brainlm.ipynb #59298ef9
 _HEADS = ("mlp_pred_head.", "linear_head.")
 _MAY_BE_NEW = {"BrainLMForFinetuning": _HEADS}  # they start fresh on a pretrained body
 _MAY_BE_LEFT = {"BrainLMForFinetuning": ("pred_head.",), "BrainLMModel": ("pred_head.", *_HEADS)}
@@ -1173,7 +1173,7 @@ def _problems(missing: list[str], over: list[str], sizes: list[tuple[str, Any, A
         )
     return problems
 
-# %% ../nbs/04_brainlm.ipynb #e403b898
+# %% ../nbs/04_brainlm.ipynb #2b9bbdab
 @patch(cls_method=True)
 def from_pretrained(cls: _BrainLMBase, name_or_path: Any, *args: Any, **options: Any) -> _BrainLMBase:
     """As in transformers, but strict: weights that are missing, left over or of another size are an error. What a pretraining
@@ -1213,7 +1213,7 @@ AutoConfig.register("brainlm", BrainLMConfig, exist_ok=True)
 AutoModel.register(BrainLMConfig, BrainLMModel, exist_ok=True)
 AutoModelForPreTraining.register(BrainLMConfig, BrainLMForPretraining, exist_ok=True)
 
-# %% ../nbs/04_brainlm.ipynb #3e4e859c
+# %% ../nbs/04_brainlm.ipynb #ed0b89eb
 @dataclass(frozen=True)
 class BrainLMPreset:
     "A named size of this chapter: the model, the data, the training."
@@ -1246,7 +1246,7 @@ PRESETS = {
     ),
 }
 
-# %% ../nbs/04_brainlm.ipynb #2c815ae1
+# %% ../nbs/04_brainlm.ipynb #d9a7625c
 @patch
 def config(self: BrainLMPreset, **fields: Any) -> dict[str, Any]:
     "The fields of `BrainLMConfig` that this size fixes."
