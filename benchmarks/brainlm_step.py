@@ -181,8 +181,9 @@ def measure(setting: tuple[str, float], options: argparse.Namespace) -> list[dic
     for name, each in seconds.items():
         rows.append(row("step, median", setting, name, float(np.median(each)), unit, min(each), max(each), len(each)))
         print(f"{setting[0]}, dropout {setting[1]}, {name:<9}" + " ".join(f"{x:.4f}" for x in losses[name]), flush=True)
-    for name in ways.keys() - {"blocks"}:
+    for name in [name for name in ways if name != "blocks"]:
         middle, *span = ratio(seconds[name], seconds["blocks"])
+        span = span if options.rounds > 2 else ("", "")  # one or two rounds have no spread
         rows.append(row("blocks: times as fast as", setting, name, middle, "", *span, options.rounds))
     return rows
 
@@ -244,7 +245,7 @@ def main() -> list[dict]:
         shown = f"{r['value']:.4g}" if isinstance(r["value"], float) else r["value"]
         print(f"{r['what']:<34}{r['precision']:<10}{r['attention_dropout']:<5}{r['way']:<20}{shown:>10} {r['unit']:<24}{span:<16}{r['rounds']:>3}  load {r['load_1_and_5_min']}")
     if options.table:
-        setting = f"simulated signals, batch {options.batch}, {options.parcels} parcels × {options.frames} frames, patch 20, {options.layers} layers, width {options.width}, seed 0"
+        setting = f"simulated signals, batch {options.batch}, {options.parcels} parcels × {options.frames} frames, patch 20, {options.layers} layer(s), width {options.width}, seed 0"
         write_rows(options.table, rows, f"command: {shlex.join(['python', *sys.argv])}", where, setting)
     if options.check and (bad := missed(rows)):
         raise SystemExit(f"expected {'; '.join(bad)}: not met")

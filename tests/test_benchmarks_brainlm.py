@@ -1,8 +1,10 @@
 "BrainLM: attention with dropout and in bfloat16 on the processor, and the benchmarks that measure it."
 
+import importlib
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,15 @@ import torch
 import fmri_book.brainlm as B
 from fmri_book.brainlm import BlockByBlock, block_attention, block_causal, dense_attention
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    "A benchmark by its name."
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module
+
+
+TINY = SimpleNamespace(layers=2, width=16, parcels=6, frames=60, batch=2, rounds=1, threads=1, cpu_time=True)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +39,9 @@ def kept_tokens(q, k, v, parcels, open_cls, dropout, seed):
     "What the seed keeps, as (B, heads, L, L)."
     kept = torch.zeros(*q.shape[:3], k.shape[2], dtype=q.dtype).flatten(0, 1)
     reads = B._reads(q.shape[2], parcels, open_cls, 256)
-    for head, rows, keys, _, drawn in B._shares(q.detach().flatten(0, 1), k.detach().flatten(0, 1), reads, dropout, seed):
+    for head, rows, keys, _, drawn in B._shares(
+        q.detach().flatten(0, 1), k.detach().flatten(0, 1), reads, dropout, seed
+    ):
         kept[head, rows, keys] = drawn
     return kept.view(*q.shape[:3], -1)
 
@@ -42,7 +54,9 @@ def test_dropout_block_by_block_is_dropout_of_the_shares(open_cls, parcels):
     torch.manual_seed(5)
     seed, dropout = int(torch.randint(2**62, ())), 0.25
     kept = kept_tokens(q, k, v, parcels, open_cls, dropout, seed)
-    scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~block_causal(2, parcels, open_cls), -math.inf)
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(
+        ~block_causal(2, parcels, open_cls), -math.inf
+    )
     expected, weight = (scores.softmax(-1) * kept / (1 - dropout)) @ v, torch.randn(q.shape, dtype=q.dtype)
     wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
     torch.manual_seed(5)
@@ -58,7 +72,11 @@ def test_dropout_keeps_each_share_by_itself():
     chances = kept[..., allowed]
     assert abs(chances.mean() - 0.9) < 5 * math.sqrt(0.09 / chances.numel())
     rows = kept[0, 0, 1:61, 1:61]
-    for neighbour in (rows[1:] * rows[:-1], rows[:, 1:] * rows[:, :-1], kept[0, 0, 1:61, 1:61] * kept[1, 0, 1:61, 1:61]):
+    for neighbour in (
+        rows[1:] * rows[:-1],
+        rows[:, 1:] * rows[:, :-1],
+        kept[0, 0, 1:61, 1:61] * kept[1, 0, 1:61, 1:61],
+    ):
         assert abs(neighbour.mean() - 0.81) < 5 * math.sqrt(0.81 * 0.19 / neighbour.numel())
     assert not torch.equal(kept, kept_tokens(q, k, v, 60, False, 0.1, 2))
 
@@ -112,3 +130,78 @@ def test_gradcheck_of_the_function_itself():
         return BlockByBlock.apply(*x, reads, 0.4)
 
     assert torch.autograd.gradcheck(same_draw, (q, k, v))
+
+
+def test_step_compares_models_that_compute_the_same(benchmark):
+    step = benchmark("brainlm_step")
+    found = step.compare(TINY)
+    assert list(found) == ["dense", "original"]
+    assert all(loss < 1e-6 and gradient < 1e-5 for loss, gradient in found.values())
+
+
+def test_step_notices_another_rule(benchmark, monkeypatch):
+    step = benchmark("brainlm_step")
+    monkeypatch.setattr(
+        step, "block_causal", lambda blocks, parcels, leak: block_causal(blocks, parcels, not leak)
+    )
+    apart = step.compare(TINY)
+    assert apart["original"][1] > 1e-3 > apart["dense"][1]
+
+
+@pytest.mark.parametrize("setting", [("float32", 0.1), ("bfloat16", 0.1)])
+def test_step_measures_every_way(benchmark, setting):
+    step = benchmark("brainlm_step")
+    rows = step.measure(setting, TINY)
+    timed = [r["way"] for r in rows if r["what"] == "step, median"]
+    assert timed == list(step.names_of(setting[0]))
+    assert all(r["value"] > 0 for r in rows)
+
+
+def test_step_says_which_floor_is_missed(benchmark):
+    step = benchmark("brainlm_step")
+    row = lambda what, way, value: step.row(what, ("float32", 0.0), way, value, "")
+    rows = [
+        row("step, median", "blocks", 1.0),
+        row("peak memory of two steps", "blocks", 9.0),
+        row("peak memory of two steps", "dense", 8.0),
+    ]
+    assert len(step.missed([*rows, row("blocks: times as fast as", "dense", 1.39)])) == 2
+    assert len(step.missed([*rows, row("blocks: times as fast as", "dense", 1.41)])) == 1
+
+
+def test_mask_memory_grows_with_the_square_or_not_at_all(benchmark):
+    size = benchmark("brainlm_memory").mask_bytes
+    assert size("blocks", 50, 40) == 0
+    assert size("dense, bool", 10, 4) == 41**2
+    assert size("dense, float32", 10, 4) == 4 * 41**2
+    assert 0 < size("flex", 50, 40) < size("dense, bool", 50, 40) / 100
+
+
+def test_gpu_benchmark_goes_through_on_a_processor_and_says_when_there_is_no_gpu(
+    benchmark, monkeypatch, tmp_path, capsys
+):
+    gpu, table = benchmark("brainlm_gpu"), tmp_path / "table.csv"
+    small = [
+        "--device",
+        "cpu",
+        "--parcels",
+        "4",
+        "--frames",
+        "40",
+        "60",
+        "--rounds",
+        "1",
+        "--layers",
+        "1",
+        "--batch",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["brainlm_gpu.py", *small, "--table", str(table)])
+    rows = gpu.main()
+    assert {r["way"] for r in rows} == {"flex", "blocks", "dense"}
+    assert {r["frames"] for r in rows if r["what"] == "mask"} == {40, 60}
+    assert "no GPU" in table.read_text().splitlines()[0]
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(sys, "argv", ["brainlm_gpu.py", "--table", str(tmp_path / "none.csv")])
+        assert gpu.main() == [] and not (tmp_path / "none.csv").exists()
+        assert "nothing measured" in capsys.readouterr().out
