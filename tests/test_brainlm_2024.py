@@ -431,13 +431,15 @@ def test_sorting_is_stable_and_undone(n, seed, levels):
 
 @pytest.mark.skipif(not ATLASES.exists(), reason="the A424 atlas is not on this machine")
 def test_a424_is_sorted_as_published():
-    space = L.read_coordinates(ATLASES / "A424_Coordinates.dat")
+    space = L.read_coordinates(
+        ATLASES / "A424_Coordinates.dat", "a424_as_published"
+    )  # others may register a424
     assert space.n_sites == 424 and len(np.unique(space.coords[:, 1])) == 77
     assert y_order(space.coords)[:10].tolist() == [4, 184, 185, 192, 5, 12, 337, 199, 200, 331]
     default = np.argsort(space.coords[:, 1])
     assert (default != y_order(space.coords).numpy()).any()
-    config = BrainLMViTMAEConfig.for_data("a424", 0.735)
-    assert config.num_brain_voxels == 424 and config.image_size == 432 and config.space == "a424"
+    config = BrainLMViTMAEConfig.for_data("a424_as_published", 0.735)
+    assert config.num_brain_voxels == 424 and config.image_size == 432 and config.space == "a424_as_published"
 
 
 def test_parcels_come_back_in_their_order():
