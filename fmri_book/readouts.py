@@ -21,7 +21,7 @@ from .data import Space
 __all__ = ['KINDS', 'attention_profiles', 'voters', 'alike', 'NetworkVotes', 'network_knn', 'connectivity_features', 'Readout',
            'readout', 'shuffled_scores', 'Fingerprint', 'fingerprint']
 
-# %% ../nbs/04d_readouts.ipynb #21998897
+# %% ../nbs/04d_readouts.ipynb #b426e486
 def _layer_inputs(
     model: Any, signal: Tensor, xyz: Any, layer: int, mask: Tensor | None, missing: Tensor | None
 ):
@@ -39,7 +39,7 @@ def _layer_inputs(
         x = before(x, signal.shape[1])
     return body.layers[layer], x
 
-
+# %% ../nbs/04d_readouts.ipynb #200101a0
 @torch.no_grad()
 def attention_profiles(
     model: Any,  # a BrainLM model of chapter 4, with or without a head
@@ -112,7 +112,7 @@ def alike(
     x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return x @ x.T
 
-# %% ../nbs/04d_readouts.ipynb #a35a13c5
+# %% ../nbs/04d_readouts.ipynb #9d0c01d6
 @dataclass(frozen=True)
 class NetworkVotes:
     "Networks of parcels, as voted by other parcels."
@@ -136,7 +136,7 @@ class NetworkVotes:
         "95 % over parcels drawn with replacement."
         return _percentiles(self.correct[_drawn(len(self.correct), draws, seed)].mean(1))
 
-
+# %% ../nbs/04d_readouts.ipynb #33382243
 def _drawn(n: int, draws: int, seed: int) -> np.ndarray:  # (draws, n) numbers with replacement
     return np.random.default_rng(seed).integers(0, n, (draws, n))
 
@@ -180,7 +180,7 @@ def connectivity_features(
     matrix = data.connectivity(bold)
     return np.arctanh(np.clip(matrix[np.triu_indices(len(matrix), 1)], -0.9999, 0.9999))
 
-# %% ../nbs/04d_readouts.ipynb #5dc7e112
+# %% ../nbs/04d_readouts.ipynb #fd70e6a0
 KINDS = ("ridge", "knn", "mlp")
 
 
@@ -190,7 +190,7 @@ def _settings(kind: str, rows: int) -> list[dict]:
         return [{"n_neighbors": min(k, rows)} for k in (5, 11, 21)]
     return [{"alpha": a} for a in ((1.0, 30.0) if kind == "mlp" else (1.0, 10.0, 1e2, 1e3, 1e4, 1e5))]
 
-
+# %% ../nbs/04d_readouts.ipynb #ac91d5e2
 def _predicted(
     kind: str, classes: bool, setting: dict, fit: np.ndarray, other: np.ndarray, target: np.ndarray, seed: int
 ) -> np.ndarray:
@@ -217,7 +217,7 @@ def _worth(predicted: np.ndarray, truth: np.ndarray, classes: bool) -> float:
     "For choosing settings: more is better."
     return _score(predicted, truth, classes) if classes else -float(np.square(predicted - truth).mean())
 
-
+# %% ../nbs/04d_readouts.ipynb #f81b70e1
 def _prepared(fit: np.ndarray, other: np.ndarray, pca: int | None) -> tuple[np.ndarray, np.ndarray]:
     "Standardised and shortened, both by what the first rows say."
     from sklearn.decomposition import PCA
@@ -230,7 +230,7 @@ def _prepared(fit: np.ndarray, other: np.ndarray, pca: int | None) -> tuple[np.n
         fit, other = step.fit_transform(fit), step.transform(other)
     return fit, other
 
-# %% ../nbs/04d_readouts.ipynb #31369752
+# %% ../nbs/04d_readouts.ipynb #bc55fe12
 def _checked_rows(features: Any, targets: Any, groups: Any, classes: bool) -> tuple[np.ndarray, ...]:
     x, y, who = np.asarray(features, float), np.asarray(targets), np.asarray(groups).astype(str)
     if x.ndim != 2 or not len(x) == len(y) == len(who) or y.ndim != 1:
@@ -264,7 +264,7 @@ def _folds(
         )  # a rare class cannot be in every fold; the score counts it all the same
         return list(maker.split(np.zeros(len(who)), y, who))
 
-# %% ../nbs/04d_readouts.ipynb #1a04e4b0
+# %% ../nbs/04d_readouts.ipynb #d0afbbd6
 @dataclass(frozen=True)
 class Readout:
     "Predictions of a target for subjects that the readout was not fitted on."
@@ -294,7 +294,7 @@ class Readout:
     def __float__(self) -> float:
         return self.score
 
-
+# %% ../nbs/04d_readouts.ipynb #c54620d8
 def _score(predicted: np.ndarray, truth: np.ndarray, classes: bool) -> float:
     if classes:
         return float(np.mean([(predicted[truth == c] == c).mean() for c in np.unique(truth)]))
@@ -312,7 +312,7 @@ def interval(self: Readout, draws: int = 1000, seed: int = 0) -> tuple[float, fl
         scores.append(_score(self.predicted[at], self.truth[at], self.classes))
     return _percentiles(np.array(scores))
 
-# %% ../nbs/04d_readouts.ipynb #cf3525d7
+# %% ../nbs/04d_readouts.ipynb #a660b3da
 def readout(
     features: np.ndarray,  # (rows, columns): embeddings of recordings, or anything to compare them with
     targets: Sequence,  # (rows,) numbers, or names of classes; NaN or '' where unknown
@@ -350,7 +350,7 @@ def readout(
         chosen.append(best)
     return Readout(predicted, y, who, trivial, tuple(chosen), known, classes)
 
-# %% ../nbs/04d_readouts.ipynb #abc88d57
+# %% ../nbs/04d_readouts.ipynb #4defc2c7
 def shuffled_scores(
     features: np.ndarray, targets: Sequence, groups: Sequence, n: int = 20, seed: int = 0, **how: Any
 ) -> np.ndarray:  # (n,) scores
@@ -395,7 +395,7 @@ class Fingerprint:
         drawn = _drawn(len(rows), draws, seed)
         return _percentiles(sums[drawn].sum(1) / counts[drawn].sum(1))
 
-# %% ../nbs/04d_readouts.ipynb #e5ee2b10
+# %% ../nbs/04d_readouts.ipynb #fbce30bc
 def fingerprint(
     embeddings: np.ndarray,  # (recordings, columns)
     subjects: Sequence,  # (recordings,)
