@@ -23,7 +23,8 @@ def rows(page, caption):
     table = page.locator("main table", has_text=caption)
     assert table.count() == 1
     lines = [line.split() for line in table.inner_text().splitlines()]
-    return {" ".join(x for x in line if not NUMBER.fullmatch(x)): [float(x) for x in line if NUMBER.fullmatch(x)] for line in lines if len(line) > 3}
+    numbers = {" ".join(x for x in line if not NUMBER.fullmatch(x)): [float(x) for x in line if NUMBER.fullmatch(x)] for line in lines}
+    return {name: values for name, values in numbers.items() if len(values) == 3}
 
 
 NUMBER = re.compile(r"-?\d+\.\d{3}")
