@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # %% auto #0
-__all__ = ['RECIPES', 'PRECISIONS', 'HARMLESS', 'learning_rate', 'decays', 'layers_of', 'parameter_groups', 'Batches',
-           'simulated_records', 'example_records', 'Draw', 'Recipe', 'recipe', 'find_recipe', 'MAERecipe', 'Options',
-           'make_config', 'options_of', 'differences', 'NonFinite', 'Changed', 'TrainResult', 'read_lines',
+__all__ = ['RECIPES', 'PRECISIONS', 'HARMLESS', 'learning_rate', 'decays', 'layers_of', 'parameter_groups', 'AdamWMuon',
+           'Batches', 'simulated_records', 'example_records', 'Draw', 'Recipe', 'recipe', 'find_recipe', 'MAERecipe',
+           'Options', 'make_config', 'options_of', 'differences', 'NonFinite', 'Changed', 'TrainResult', 'read_lines',
            'random_state', 'set_random_state', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints',
            'write_checkpoint', 'read_checkpoint_file', 'Trainer', 'sharded_states', 'load_sharded_states', 'train']
 
@@ -89,12 +89,13 @@ def _layer(name: str, block: re.Match | None, depth: dict, first: dict, total: i
         return end + 1 if end == total else end
     return first[stack] + 1 if first[stack] else 0  # a decoder's tokens belong to its first block
 
-# %% ../nbs/03a_training.ipynb #bf49f4d9
+# %% ../nbs/03a_training.ipynb #5a3e46af
 def parameter_groups(
     model: nn.Module,
     weight_decay: float = 0.05,
     layer_decay: float = 1.0,  # factor from each layer to the one below it
-) -> list[dict[str, Any]]:  # for the optimiser; `lr_scale` and `layer` are ours
+    muon: bool = False,  # matrices inside layers in groups of their own, for `AdamWMuon`
+) -> list[dict[str, Any]]:  # for the optimiser; `lr_scale`, `layer` and `muon` are ours
     "Parameters that share weight decay and learning rate."
     if not 0 < layer_decay <= 1:
         raise ValueError(f"training: expected layer_decay above 0, up to 1, found {layer_decay}")
@@ -105,11 +106,52 @@ def parameter_groups(
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        key = (number := layer.get(name, 0), decayed := decays(name, p, exempt))
-        new = {"params": [], "weight_decay": weight_decay * decayed, "layer": number}
+        number, decayed = layer.get(name, 0), decays(name, p, exempt)
+        matrix = muon and p.ndim == 2 and decayed and _BLOCK.match(name) is not None
+        new = {"params": [], "weight_decay": weight_decay * decayed, "layer": number, "muon": matrix}
         new["lr_scale"] = layer_decay ** (last - number)
-        groups.setdefault(key, new)["params"].append(p)
+        groups.setdefault((number, decayed, matrix), new)["params"].append(p)
     return list(groups.values())
+
+# %% ../nbs/03a_training.ipynb #7215fa09
+class AdamWMuon(torch.optim.AdamW):
+    "AdamW, and Muon (Jordan 2024, `torch.optim.Muon`) for the groups with `muon`; one optimiser for loop and checkpoints."
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], momentum: float = 0.95
+    ):
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"training: expected torch 2.9 or newer for optimizer=muon, found {torch.__version__}"
+            )
+        matrices = [p for g in groups if g["muon"] for p in g["params"]]
+        if not matrices:
+            raise ValueError(
+                "training: expected matrices inside layers for optimizer=muon, found none; use adamw"
+            )
+        # scaled so that an update is as large as AdamW's: one weight decay serves both
+        self.inner = torch.optim.Muon(matrices, lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        own = {
+            k: v for k, v in self.inner.param_groups[0].items() if k not in ("params", "lr", "weight_decay")
+        }
+        super().__init__([own | g if g["muon"] else g for g in groups], lr=lr, betas=betas, foreach=True)
+        self.inner.state = self.state  # one memory
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        "Both."
+        groups = self.param_groups
+        try:
+            self.param_groups = [g for g in groups if not g["muon"]]
+            super().step()
+        finally:
+            self.param_groups = groups
+        self.inner.state, self.inner.param_groups = self.state, [g for g in groups if g["muon"]]
+        self.inner.step()
+        for p in (p for g in self.inner.param_groups for p in g["params"]):
+            self.state[p].setdefault(
+                "step", torch.zeros(())
+            )  # AdamW expects one in every memory that it loads
 
 # %% ../nbs/03a_training.ipynb #1c9d4974
 class Batches:
@@ -648,7 +690,7 @@ def figure(self: MAERecipe, output: Any, title: str) -> Figure:
     figure.suptitle(title)
     return figure
 
-# %% ../nbs/03a_training.ipynb #4f8cb004
+# %% ../nbs/03a_training.ipynb #d82e2637
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16-pure")
 _WHOLE = {"seed": 0, "workers": 0} | dict.fromkeys(  # options that count something: the smallest value
     ("steps", "clips_per_epoch", "batch_size", "accumulate", "eval_every", "eval_clips", "save_every", "keep")
@@ -656,10 +698,10 @@ _WHOLE = {"seed": 0, "workers": 0} | dict.fromkeys(  # options that count someth
     1,
 )
 _NUMBERS = {"warmup": 1, "layer_decay": 1, "ema": 1} | dict.fromkeys(  # the largest value
-    ("epochs", "base_lr", "lr", "min_lr", "weight_decay", "clip_grad"), math.inf
+    ("epochs", "base_lr", "lr", "min_lr", "weight_decay", "clip_grad", "muon_lr"), math.inf
 )
 
-# %% ../nbs/03a_training.ipynb #f89c7f8a
+# %% ../nbs/03a_training.ipynb #6afbdcbd
 @dataclass(frozen=True)
 class Options:
     "What every recipe shares. The names are the keys of the configuration."
@@ -678,6 +720,8 @@ class Options:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     layer_decay: float = 1.0
+    optimizer: str = "adamw"  # or muon: `AdamWMuon`
+    muon_lr: float = 0.02  # its peak for matrices inside layers; lr is for everything else
     clip_grad: float | None = 1.0  # largest norm of the gradient
     precision: str = "fp32"  # fp32, bf16, fp16, bf16-pure
     compile: bool = False
@@ -696,7 +740,7 @@ class Options:
     def __post_init__(self):
         self.check()
 
-# %% ../nbs/03a_training.ipynb #9550b6a1
+# %% ../nbs/03a_training.ipynb #ddbaef98
 @patch
 def check(self: Options) -> None:
     "Refuses values that cannot be meant."
@@ -719,6 +763,8 @@ def check(self: Options) -> None:
             raise ValueError(f"training: expected {name} above 0{hint}, found {x!r}")
     if len(self.betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in self.betas):
         raise ValueError(f"training: expected betas as two numbers from 0 to below 1, found {self.betas!r}")
+    if self.optimizer not in ("adamw", "muon"):
+        raise ValueError(f"training: expected optimizer adamw or muon, found {self.optimizer!r}")
     if self.device not in ("auto", "cpu"):
         raise ValueError(f"training: expected device auto or cpu, found {self.device!r}")
     if self.track not in (None, "tensorboard", "wandb"):
@@ -1062,7 +1108,23 @@ def _outlives_signals(worker: int) -> None:
 def _place(data: Any, rank: int, world: int) -> dict[str, int]:
     return {} if isinstance(data, IterableDataset) else {"rank": rank, "world": world}
 
-# %% ../nbs/03a_training.ipynb #385e16b6
+# %% ../nbs/03a_training.ipynb #cc8ea454
+@patch
+def _optimizer(self: Trainer) -> torch.optim.Optimizer:
+    o, muon = self.options, self.options.optimizer == "muon"
+    groups = parameter_groups(self.model, o.weight_decay, o.layer_decay, muon)
+    if not muon:
+        fused = self.device.type in ("cpu", "cuda") and not self.sharded
+        return torch.optim.AdamW(groups, lr=self.peak, betas=o.betas, fused=fused)
+    if self.strategy in ("FSDP", "DEEPSPEED"):
+        raise ValueError(
+            f"training: expected optimizer=adamw with {self.strategy}, which cuts matrices up, found muon"
+        )
+    for group in groups:
+        group["lr_scale"] *= o.muon_lr / max(self.peak, 1e-30) if group["muon"] else 1.0
+    return AdamWMuon(groups, self.peak, o.betas)
+
+# %% ../nbs/03a_training.ipynb #1aa16b58
 @patch
 def _make_optimizer(self: Trainer) -> None:
     "Optimiser and what runs: the model itself, or its bfloat16 copy; wrapped for several processes."
@@ -1076,9 +1138,7 @@ def _make_optimizer(self: Trainer) -> None:
         )
     if o.compile:
         self.model.compile()
-    groups = parameter_groups(self.model, o.weight_decay, o.layer_decay)
-    fused = self.device.type in ("cpu", "cuda") and not self.sharded
-    self.optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=o.betas, fused=fused)
+    self.optimizer = self._optimizer()
     if self.pure:
         copy = deepcopy(self.model).bfloat16()
         if getattr(self.model, "target_norm", None) is not None:  # statistics stay in float32

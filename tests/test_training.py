@@ -265,6 +265,7 @@ def test_config_round_trip(small, tmp_path):
         ("batch_size=many", "batch_size as number"),
         ("compile=1", "true or false"),
         ("precision=fp8", "bf16-pure"),
+        ("optimizer=sgd", "expected optimizer adamw or muon, found 'sgd'"),
         ("steps=0", "steps as a whole number"),
         ("nowhere.yaml", "key=value or a YAML file"),
         ({"data": 3}, "data"),
@@ -392,6 +393,47 @@ def test_a_run_is_the_obvious_loop(small):
     assert np.allclose(found, expected, rtol=1e-5)
 
 
+def test_muon_steps_matrices_inside_layers_and_adamw_the_rest():
+    def fresh():
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict(
+            {
+                "embed": torch.nn.Linear(4, 6),
+                "layers": torch.nn.ModuleList([torch.nn.Linear(6, 12), torch.nn.Linear(12, 6)]),
+                "head": torch.nn.Linear(6, 2),
+            }
+        )
+
+    def backward(m, seed):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+        m["head"](m["layers"][1](m["layers"][0](m["embed"](x)).relu())).square().sum().backward()
+
+    model, other = fresh(), fresh()
+    groups = T.parameter_groups(model, 0.1, muon=True)
+    ours = T.AdamWMuon(groups, lr=0.01, betas=(0.9, 0.95))
+    matrices = [other["layers"][i].weight for i in (0, 1)]
+    rest = {n: p for n, p in other.named_parameters() if all(p is not m for m in matrices)}
+    theirs = [
+        torch.optim.Muon(matrices, 0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [p for n, p in rest.items() if n.endswith("bias")], 0.01, (0.9, 0.95), weight_decay=0
+        ),
+        torch.optim.AdamW(
+            [p for n, p in rest.items() if not n.endswith("bias")], 0.01, (0.9, 0.95), weight_decay=0.1
+        ),
+    ]
+    for step in range(4):
+        for m, optimizers in ((model, [ours]), (other, theirs)):
+            m.zero_grad()
+            backward(m, step)
+            for optimizer in optimizers:
+                optimizer.step()
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-7), name
+    with pytest.raises(ValueError, match="found none; use adamw"):
+        T.AdamWMuon(T.parameter_groups(torch.nn.Linear(3, 3), muon=True), 0.1, (0.9, 0.95))
+
+
 # ------------------------------------------------------------------------------------------------------- exact resume
 
 
@@ -428,8 +470,9 @@ def same(a, b):
         {"accumulate": 2, "ema": 0.9, "batch_size": 2},
         {"precision": "bf16", "layer_decay": 0.8},
         {"precision": "bf16-pure", "accumulate": 2, "batch_size": 2},
+        {"optimizer": "muon", "ema": 0.9},
     ],
-    ids=["chance", "accumulated-ema", "bf16", "pure"],
+    ids=["chance", "accumulated-ema", "bf16", "pure", "muon"],
 )
 def test_resumed_is_uninterrupted(small, monkeypatch, options):
     "Stopped at two random steps; step 5 has an evaluation, which a stop leaves for later."
@@ -865,7 +908,7 @@ from fmri_book import training as T
 mesh = init_device_mesh("cpu", (2,))
 def make(seed, sharded):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    model = nn.Sequential(torch.nn.Linear(6, 8), nn.Tanh(), torch.nn.Linear(8, 2))
     if sharded:
         fully_shard(model, mesh=mesh)
     return model, torch.optim.AdamW(T.parameter_groups(model), lr=0.1)
