@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -1421,6 +1422,18 @@ def test_weights_that_do_not_fit_are_an_error(change, message, saved, tmp_path):
         BrainLMForPretraining.from_pretrained(path)
     assert f"{path}: expected the weights of BrainLMForPretraining" in str(error.value)
     assert "Take the class and the settings that it was saved with" in str(error.value)
+
+
+@pytest.mark.parametrize("cls", [BrainLMModel, BrainLMForPretraining, BrainLMForFinetuning])
+def test_a_folder_that_is_not_there_or_lacks_its_weights_is_named(cls, tmp_path):
+    said = (
+        r"expected a folder with config.json and model.safetensors \(or org/name on the Hub\), found none at "
+    )
+    with pytest.raises(FileNotFoundError, match=said + re.escape(str(tmp_path / "nothing"))):
+        cls.from_pretrained(tmp_path / "nothing")
+    BrainLMConfig().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=said + re.escape(str(tmp_path))):
+        cls.from_pretrained(tmp_path)
 
 
 def test_heads_that_do_not_fit_are_an_error(saved, tmp_path):
