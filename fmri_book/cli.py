@@ -219,7 +219,7 @@ def _run_options(add):
     add("--allow-changes", action="store_true", help="go on with a run although settings have changed")
     add("--overwrite", action="store_true", help="forget the run that is in the folder, begin anew")
 
-
+# %% ../nbs/A2_command_line.ipynb #e2d3c9b8
 def _finetune_parser(parser: argparse.ArgumentParser):
     add, parser.description = parser.add_argument, f"{parser.description}\n{_TRAINING}"
     add("recipe", help="the family: brainlm")
@@ -655,7 +655,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
         tree.setdefault(section, {})[name] = value
     return tree
 
-
+# %% ../nbs/A2_command_line.ipynb #7ebf18b0
 def _train(asked, told: dict[str, Any] | None = None) -> int:
     from fmri_book.training import make_config, train
 

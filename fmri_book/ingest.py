@@ -1719,7 +1719,7 @@ def _atlas_space(path: Path, numbers, names: list[str], labels, xyz) -> Space:
         name, "parcels", coords, side, network, count > 0, "MNI152", names=np.array(names)
     ).register()
 
-
+# %% ../nbs/01c_ingest.ipynb #fdf258d8
 _STRUCTURE_SIDE = {"CIFTI_STRUCTURE_CORTEX_LEFT": 0, "CIFTI_STRUCTURE_CORTEX_RIGHT": 1}
 
 

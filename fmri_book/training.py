@@ -328,25 +328,35 @@ class Recipe:
         "Arguments of the model's forward, on the device."
         raise NotImplementedError
 
-    def terms(self, output: Any, batch: dict[str, Any]) -> Tensor:
-        "Over how many terms the loss is a mean: the weight of this batch beside others."
-        return torch.tensor(float(len(batch["index"])), device=output.loss.device)
+# %% ../nbs/03a_training.ipynb #9b84ccca
+@patch
+def terms(self: Recipe, output: Any, batch: dict[str, Any]) -> Tensor:
+    "Over how many terms the loss is a mean: the weight of this batch beside others."
+    return torch.tensor(float(len(batch["index"])), device=output.loss.device)
 
-    def figure(self, output: Any, title: str) -> Figure | None:
-        "What an evaluation shows of its first batch."
-        return None
 
-    def blank(self, name: str) -> Tensor | None:
-        "Zeros for what the evaluation of this set adds up beside its loss; None: nothing."
-        return None
+@patch
+def figure(self: Recipe, output: Any, title: str) -> Figure | None:
+    "What an evaluation shows of its first batch."
+    return None
 
-    def sums(self, name: str, output: Any, batch: dict[str, Any]) -> Tensor:
-        "This batch's share of it: added over batches and processes."
-        raise NotImplementedError
 
-    def measures(self, name: str, sums: Tensor) -> dict[str, float]:
-        "Numbers for the row of this set, from the sums; asked in the first process only."
-        raise NotImplementedError
+@patch
+def blank(self: Recipe, name: str) -> Tensor | None:
+    "Zeros for what the evaluation of this set adds up beside its loss; None: nothing."
+    return None
+
+
+@patch
+def sums(self: Recipe, name: str, output: Any, batch: dict[str, Any]) -> Tensor:
+    "This batch's share of it: added over batches and processes."
+    raise NotImplementedError
+
+
+@patch
+def measures(self: Recipe, name: str, sums: Tensor) -> dict[str, float]:
+    "Numbers for the row of this set, from the sums; asked in the first process only."
+    raise NotImplementedError
 
 # %% ../nbs/03a_training.ipynb #a50f8cf0
 RECIPES: dict[str, type[Recipe]] = {}
