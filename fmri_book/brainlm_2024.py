@@ -33,14 +33,14 @@ from .splits import Scaler
 from .storage import Layout, Record, atomic_path
 
 # %% auto #0
-__all__ = ['PIXEL_SCALE', 'TRAIN_MODES', 'KNOWN_FILES', 'VARIANTS', 'check_coordinates', 'check_signal', 'BrainLMMAEConfig',
-           'BlockPositions', 'BlockEmbeddings', 'AddNorm', 'ConvolvedAttention', 'PostNormLayer', 'kept_tokens',
-           'BlockEncoder', 'BlockDecoder', 'BrainLM2024Output', 'BrainLMMAE', 'masked_error', 'Canvas', 'y_order',
-           'Task', 'ChosenPatches', 'picture_positions', 'BrainLMViTMAEConfig', 'BrainLMViTMAE', 'published_name',
-           'Published', 'read_published', 'LoadReport', 'load_published', 'read_coordinates', 'DatRuns',
-           'normalisation_2024', 'reconstruct']
+__all__ = ['PIXEL_SCALE', 'TRAIN_MODES', 'KNOWN_FILES', 'VARIANTS', 'data_fields', 'check_coordinates', 'check_signal',
+           'BrainLMMAEConfig', 'BlockPositions', 'BlockEmbeddings', 'AddNorm', 'ConvolvedAttention', 'PostNormLayer',
+           'kept_tokens', 'BlockEncoder', 'BlockDecoder', 'BrainLM2024Output', 'BrainLMMAE', 'masked_error', 'Canvas',
+           'y_order', 'Task', 'ChosenPatches', 'picture_positions', 'BrainLMViTMAEConfig', 'BrainLMViTMAE',
+           'published_name', 'Published', 'read_published', 'LoadReport', 'load_published', 'read_coordinates',
+           'DatRuns', 'normalisation_2024', 'reconstruct']
 
-# %% ../nbs/04a_brainlm_2024.ipynb #e9d32f84
+# %% ../nbs/04a_brainlm_2024.ipynb #647ac23a
 _DATA_FIELDS: dict[str, Any] = dict(
     space="",  # name of the atlas's Space
     layout="",  # Layout.digest of the training data
@@ -50,6 +50,22 @@ _DATA_FIELDS: dict[str, Any] = dict(
     coordinates=None,  # (parcels, 3) mm, RAS
     check_input=True,
 )
+
+
+def data_fields(
+    layout: Layout | Space | str,  # parcels in the order of the columns
+    tr: float,  # seconds
+    scaler: Scaler | None = None,  # fitted on the training subjects
+    coordinates=None,  # (parcels, 3) mm; None: those of the layout's atlas
+) -> dict[str, Any]:
+    "What a model must know of the data, as fields of its configuration; refuses parcels without a place and another layout's scaler."
+    layout = layout if isinstance(layout, Layout) else Layout.of(layout)
+    if scaler is not None:
+        scaler.check(layout)
+    places = layout.sites.coords if coordinates is None else coordinates
+    places = np.asarray(check_coordinates(places, layout.n_sites), np.float32).tolist()
+    facts = dict(space=layout.space, layout=layout.digest, tr=check_tr(tr), coordinates=places)
+    return facts | dict(num_brain_voxels=layout.n_sites, scaler=None if scaler is None else scaler.to_dict())
 
 
 class _OwnData:
@@ -63,14 +79,8 @@ class _OwnData:
         scaler: Scaler | None = None,  # fitted on the training subjects
         **fields: Any,
     ):
-        "A configuration for recordings of this layout; refuses parcels without a place and another layout's scaler."
-        layout = layout if isinstance(layout, Layout) else Layout.of(layout)
-        if scaler is not None:
-            scaler.check(layout)
-        coordinates = check_coordinates(layout.sites.coords, layout.n_sites).tolist()
-        facts = dict(space=layout.space, layout=layout.digest, tr=check_tr(tr), coordinates=coordinates)
-        scaling = None if scaler is None else scaler.to_dict()
-        return cls(num_brain_voxels=layout.n_sites, scaler=scaling, **facts, **fields)
+        "A configuration for recordings of this layout, see `data_fields`."
+        return cls(**data_fields(layout, tr, scaler), **fields)
 
 # %% ../nbs/04a_brainlm_2024.ipynb #da336807
 def check_coordinates(
@@ -854,7 +864,29 @@ _MARKS = {
     "fmri_book.brainlm.BrainLMForPretraining": "model.embeddings.signal_projection.weight",
 }
 
-# %% ../nbs/04a_brainlm_2024.ipynb #14b21571
+# %% ../nbs/04a_brainlm_2024.ipynb #abb025df
+def _table(path: Path) -> dict[str, Any]:
+    "A JSON file that holds names and values."
+    try:
+        found, problem = json.loads(path.read_text()), ""
+    except ValueError as error:
+        found, problem = None, str(error)
+    if isinstance(found, dict):
+        return found
+    raise ValueError(f"{path}: expected JSON with names and values, found {problem or type(found).__name__}")
+
+
+def _parts(index: Path) -> list[Path]:
+    "The files that an index names, all of them beside it."
+    named = _table(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"{index}: expected a weight_map from weights to files, found none")
+    names = sorted(set(map(str, named.values())))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index}: expected files beside the index, found {outside[0]}")
+    return [index.parent / name for name in names]
+
+
 def _weight_files(folder: Path) -> list[Path]:
     "The files that hold the weights, in order; a safetensors file before a pickled one."
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -862,9 +894,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            return [
-                folder / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            ]
+            return _parts(index)
     found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no folder"
     raise FileNotFoundError(
         f"{folder}: expected config.json with model.safetensors or pytorch_model.bin, found {found or 'nothing'}. The published ones: huggingface.co/vandijklab/brainlm, subfolders old_13M, vitmae_111M, vitmae_650M (CC BY-NC-ND 4.0)"
@@ -885,10 +915,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a file of tensors, found {type(error).__name__}: {str(error)[:200]}"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: expected a table of tensors, found {type(state).__name__}")
+        raise ValueError(
+            f"{path}: expected one tensor for each name, found {type(state).__name__} of other things (a checkpoint of a training run?)"
+        )
+    for name, value in state.items():
+        plain = value.layout == torch.strided and value.is_floating_point()
+        if not plain or not value.isfinite().all():
+            raise ValueError(
+                f"{path}: expected finite real numbers, found others in {name}: a torn download?"
+            )
     return state
 
-# %% ../nbs/04a_brainlm_2024.ipynb #7a0f676b
+# %% ../nbs/04a_brainlm_2024.ipynb #623bd095
 def read_published(folder: str | Path) -> Published:
     "Reads config.json and the weights of a published folder; no code in it is run, and nothing is fetched."
     folder = Path(folder)
@@ -900,7 +938,7 @@ def read_published(folder: str | Path) -> Published:
                 digest.update(block)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: expected config.json beside {files[0].name}, found none")
-    config = json.loads((folder / "config.json").read_text())
+    config = _table(folder / "config.json")
     family = next((name for name, mark in _MARKS.items() if mark in state), "")
     if not family:
         raise ValueError(
@@ -935,7 +973,7 @@ class LoadReport:
         lines = f"{self.where}: {self.family}, {self.entries} entries, {self.parameters:,} numbers{known}"
         return "\n".join([lines, *(f"- {note}" for note in self.notes)])
 
-# %% ../nbs/04a_brainlm_2024.ipynb #5a996fcb
+# %% ../nbs/04a_brainlm_2024.ipynb #620bbc3f
 def _fitted(model: _Published, found: Published) -> tuple[dict[str, Tensor], list[str]]:
     "Weights under the model's own names, and notes about what was changed."
     own, notes = model.state_dict(), []
@@ -958,9 +996,13 @@ def _fitted(model: _Published, found: Published) -> tuple[dict[str, Tensor], lis
 
 def _image_facts(found: Published, facts: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     "The settings of a picture model that its weights tell better than its config.json."
-    weights, notes = found.state, []
+    weights, notes, positions = found.state, [], "vit.embeddings.position_embeddings"
+    if positions not in weights or weights[positions].ndim != 3 or weights[_MARKS["BrainLMViTMAE"]].ndim != 4:
+        raise ValueError(
+            f"{found.where}: expected patches and {positions} of a ViT-MAE, found none of their shape"
+        )
     patch = weights[_MARKS["BrainLMViTMAE"]].shape[-1]
-    side = math.isqrt(weights["vit.embeddings.position_embeddings"].shape[1] - 1) * patch
+    side = math.isqrt(weights[positions].shape[1] - 1) * patch
     if found.config.get("image_size", side) not in (side, [side, side]):
         notes.append(
             f"image_size {found.config['image_size']} in config.json, {side} in the weights: the weights count"
@@ -971,7 +1013,7 @@ def _image_facts(found: Published, facts: dict[str, Any]) -> tuple[dict[str, Any
         )
     return {"patch_size": patch, "image_size": side}, notes
 
-# %% ../nbs/04a_brainlm_2024.ipynb #c350bbfd
+# %% ../nbs/04a_brainlm_2024.ipynb #68c91bb5
 def _settled(
     cls: type, found: Published, config: PretrainedConfig | None, fields: dict[str, Any]
 ) -> tuple[PretrainedConfig, list[str]]:
@@ -984,11 +1026,18 @@ def _settled(
     if issubclass(cls, BrainLMViTMAE):
         told, notes = _image_facts(found, facts)
     drop = ("model_type", "transformers_version", "torch_dtype", "dtype")
+    for name, default in _MAE_FIELDS.items():
+        if type(default) is int and name in facts and type(facts[name]) is not int:
+            raise ValueError(f"{found.where}: expected {name} as a whole number, found {facts[name]!r}")
     config = cls.config_class(**{k: v for k, v in (facts | told).items() if k not in drop})
     if told and config.image_size != told["image_size"]:
         raise ValueError(
             f"{found.where}: expected recordings whose picture is {told['image_size']} pixels wide, found {config.num_brain_voxels} parcels × {config.num_timepoints_per_voxel} frames, which make {config.image_size}"
         )
+    if config.coordinates is not None:
+        check_coordinates(np.array(config.coordinates, float), config.num_brain_voxels)
+    if config.scaler is not None:
+        Scaler.from_dict(config.scaler)
     return config, notes
 
 # %% ../nbs/04a_brainlm_2024.ipynb #fa712ac7

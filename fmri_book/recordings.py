@@ -950,6 +950,7 @@ def denoise_run(
 FAMILIES = {  # name on the command line -> for embeddings, for predictions
     "mae": ("fmri_book.mae:MaskedViT", "fmri_book.mae:MaskedAutoencoderViT"),
     "brainlm": ("fmri_book.brainlm:BrainLMModel", "fmri_book.brainlm:BrainLMForPretraining"),
+    "brainlm-2024": ("fmri_book.brainlm_2024:load_published", "fmri_book.brainlm_2024:load_published"),
 }
 
 
@@ -962,15 +963,19 @@ def load_model(
     if family not in FAMILIES:
         raise ValueError(f"expected a family from {', '.join(FAMILIES)}, found {family!r}")
     module, name = FAMILIES[family][predicts].split(":")
-    return getattr(importlib.import_module(module), name).from_pretrained(name_or_path)
+    found = getattr(importlib.import_module(module), name)
+    return getattr(found, "from_pretrained", found)(name_or_path)
 
 
 def digest_of(model: nn.Module) -> str:
-    "16 hexadecimal digits that change with any weight."
+    "16 hexadecimal digits that change with any weight, and with a scaling or coordinates that the model applies."
     known = hashlib.blake2b(type(model).__name__.encode(), digest_size=8)
     for name, value in sorted(model.state_dict().items()):
         known.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         known.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    own = {k: getattr(getattr(model, "config", None), k, None) for k in ("scaler", "coordinates")}
+    if any(own.values()):
+        known.update(json.dumps(own).encode())
     return known.hexdigest()
 
 # %% ../nbs/03b_recordings.ipynb #d66f1608

@@ -3,6 +3,8 @@
 import json
 import math
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import fmri_book  # noqa: F401  before transformers
 from transformers import AutoConfig, AutoModelForPreTraining, ViTMAEConfig, ViTMAEForPreTraining
 
 from fmri_book import brainlm_2024 as L
+from fmri_book import recordings
 from fmri_book.brainlm_2024 import (
     BrainLMMAE,
     BrainLMMAEConfig,
@@ -28,10 +31,10 @@ from fmri_book.brainlm_2024 import (
     published_name,
     y_order,
 )
-from fmri_book.data import Space
+from fmri_book.data import Run, Space
 from fmri_book.formats import ArrowRuns, write_arrow
 from fmri_book.splits import Scaler
-from fmri_book.storage import Layout
+from fmri_book.storage import Layout, write_store
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -702,6 +705,70 @@ def test_folders_that_are_none(tmp_path):
         load_published(write_folder(tmp_path / "p", published_state(picture()), SHIPPED))
 
 
+def in_pickle(folder, state, config=OLD_CONFIG):
+    folder.mkdir()
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return folder
+
+
+def test_torn_files_are_named(tmp_path):
+    state = one_d().state_dict()
+    first = "vit.layernorm.weight"
+    torn = in_pickle(tmp_path / "torn", state) / "pytorch_model.bin"
+    torn.write_bytes(torn.read_bytes()[:20_000])
+    safe = write_folder(tmp_path / "safe", state, OLD_CONFIG, kind="safetensors")
+    file = safe / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    for folder in (torn.parent, safe):
+        with pytest.raises(ValueError, match="expected a file of tensors"):
+            load_published(folder)
+    for name, wrong in (
+        ("nan", torch.full((32,), float("nan"))),
+        ("whole", torch.ones(32, dtype=torch.int64)),
+        ("sparse", torch.ones(32).to_sparse()),
+    ):
+        with pytest.raises(ValueError, match=rf"finite real numbers, found others in {first}"):
+            load_published(in_pickle(tmp_path / name, state | {first: wrong}))
+    with pytest.raises(ValueError, match="checkpoint of a training run"):
+        load_published(in_pickle(tmp_path / "nested", {"model": state}))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"hidden_size": 3', "JSON with names and values"),
+        ("[1]", "JSON with names and values, found list"),
+        (OLD_CONFIG | {"hidden_size": "32"}, "hidden_size as a whole number, found '32'"),
+        (OLD_CONFIG | {"coordinates": [[1.0, 2.0, 3.0]]}, r"coordinates of shape \(…, 6, 3\)"),
+    ],
+)
+def test_settings_that_are_none_are_named(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        load_published(in_pickle(tmp_path / "x", one_d().state_dict(), config))
+
+
+def test_an_index_names_files_beside_it(tmp_path):
+    one_d().save_pretrained(tmp_path / "other")
+    (tmp_path / "x").mkdir()
+    index = tmp_path / "x" / "model.safetensors.index.json"
+    for text, message in (
+        ("nonsense", "JSON with names and values"),
+        ("{}", "a weight_map"),
+        ('{"weight_map": {"w": "../other/model.safetensors"}}', "beside the index"),
+    ):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_published(tmp_path / "x")
+
+
+def test_pictures_without_positions_are_named(tmp_path):
+    state = published_state(picture())
+    del state["vit.embeddings.position_embeddings"]
+    with pytest.raises(ValueError, match="position_embeddings of a ViT-MAE"):
+        load_published(write_folder(tmp_path / "p", state, SHIPPED))
+
+
 class Danger:
     def __reduce__(self):
         return Path.touch, (Path("danger"),)
@@ -957,3 +1024,66 @@ def test_in_bfloat16_parcels_keep_their_rows():
     out, half = (m.predict(x, xyz, train_mode="predict_last", mask_ratio=0.5).logits for m in (model, low))
     assert float(torch.corrcoef(torch.stack([out.flatten(), half.float().flatten()]))[0, 1]) > 0.99
     assert len(xyz[:, 1].bfloat16().unique()) < 40
+
+
+@pytest.mark.parametrize("make", ["one_d", "picture"])
+def test_a_published_folder_embeds_a_store_from_the_command_line(tmp_path, make):
+    (tmp_path / "dat").mkdir()
+    source = dat_folder(tmp_path / "dat")
+    atlas = Space.named("schaefer100").coords.round()
+    (tmp_path / "atlas.dat").write_text(
+        "\n".join(f"{i + 1} {x:.0f} {y:.0f} {z:.0f}" for i, (x, y, z) in enumerate(atlas))
+    )
+    space = L.read_coordinates(tmp_path / "atlas.dat", f"own_{make}")
+    scans = DatRuns(tmp_path / "dat", space, 0.735, source.subject_of)
+    store = write_store(scans, tmp_path / "store", progress=False)
+    scaler = Scaler.fit(store, kind="robust", per="site", subjects=["100"])
+    torch.manual_seed(0)
+    if make == "one_d":
+        untold = noisy(BrainLMMAE(BrainLMMAEConfig(**TINY)))
+    else:
+        fields = TINY_PICTURE | dict(num_brain_voxels=100, num_timepoints_per_voxel=40)
+        untold = noisy(BrainLMViTMAE(BrainLMViTMAEConfig(**fields)))
+    untold.save_pretrained(tmp_path / "published")
+    model = load_published(tmp_path / "published", **L.data_fields(store.layout, 0.735, scaler))
+    model.save_pretrained(tmp_path / "ready")
+    # in a process of its own, which knows the atlas from the store and the model only
+    call = ["embed", "ready", "store", "-o", "out", "--family", "brainlm-2024"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fmri_book.cli", *call],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = sorted((tmp_path / "out").glob("sub-*.npz"))
+    assert len(found) == 4
+    run = Run(next(iter(scans)).values, 0.735, space.name, "100")
+    expected = recordings.embed_run(model, run, progress=False)
+    assert np.isfinite(expected.cls).all() and expected.cls.shape == (1, 1, 32)
+    closest = min(
+        float(np.abs(recordings.RunEmbeddings.load(path).cls - expected.cls).max()) for path in found
+    )
+    assert closest < 1e-5
+    with pytest.raises(ValueError, match="expected"):
+        recordings.embed_run(load_published(tmp_path / "published"), run, progress=False)
+
+
+def test_embeddings_of_another_scaler_are_other_embeddings(tmp_path):
+    source = dat_folder(tmp_path)
+    scalers = [Scaler.fit(source, kind="robust", per="site", subjects=[s]) for s in ("100", "101")]
+    fields = {k: v for k, v in TINY.items() if k != "num_brain_voxels"}
+    digests = set()
+    for scaler in (*scalers, scalers[0]):
+        torch.manual_seed(0)
+        model = BrainLMMAE(BrainLMMAEConfig.for_data(source.layout, 0.735, scaler, **fields))
+        digests.add(recordings.digest_of(model))
+    assert len(digests) == 2
+
+
+def test_places_of_another_table(tmp_path):
+    own = Space.named("schaefer100").coords + 3
+    assert L.data_fields("schaefer100", 2.0, coordinates=own)["coordinates"] == own.tolist()
+    with pytest.raises(ValueError, match=r"\(…, 100, 3\)"):
+        L.data_fields("schaefer100", 2.0, coordinates=own[:99])
