@@ -432,6 +432,25 @@ def test_a_run_is_embedded_as_the_model_would_read_it(people, z):
     np.testing.assert_allclose(found.cls[1, 0], hidden[0, 0], atol=2e-3 if z else 1e-4)
 
 
+@pytest.mark.parametrize("z", [False, True])
+def test_profiles_of_a_whole_recording(people, stores, z):
+    "The mean over windows of what the model reads; a file of a store gives the same as the run."
+    model, run = fitted(people, z=z), people[0]
+    found = O.run_profile(model, run, 0, own_block=True, batch_size=2)
+    bold = zscore(run.bold) if z else run.bold
+    x = (bold - np.float32(model.config.scaler["centre"])) / np.float32(model.config.scaler["scale"])
+    cut = torch.from_numpy(np.stack([x[s : s + 32].T for s in (0, 32, 48)]))  # 80 frames: the last overlaps
+    expected = O.attention_profiles(model, cut.float(), None, 0, own_block=True).mean(0)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
+    stored = R.recordings_at(stores / "none", model.input_spec)[0]
+    again = O.run_profile(model, stored[f"sub-{run.subject}_ses-{run.session}_task-rest"], 0, own_block=True)
+    np.testing.assert_allclose(again, found, atol=1e-5)
+    model.config.scaler = None
+    with pytest.raises(ValueError, match="knows its scaler"):
+        O.run_profile(model, run)
+
+
 def test_the_same_recording_twice_is_bit_equal(people):
     model = fitted(people, BrainLMForPretraining).train()  # dropout and masks must not leak in
     one, two = (R.embed_run(model, people[0], progress=False) for _ in range(2))
