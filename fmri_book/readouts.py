@@ -252,7 +252,7 @@ def _prepared(fit: np.ndarray, other: np.ndarray, pca: int | None) -> tuple[np.n
         fit, other = step.fit_transform(fit), step.transform(other)
     return fit, other
 
-# %% ../nbs/04d_readouts.ipynb #2f21e806
+# %% ../nbs/04d_readouts.ipynb #5e01a3d9
 def _checked_rows(features: Any, targets: Any, groups: Any, classes: bool) -> tuple[np.ndarray, ...]:
     x, y, who = np.asarray(features, float), np.asarray(targets), np.asarray(groups).astype(str)
     if x.ndim != 2 or not len(x) == len(y) == len(who) or y.ndim != 1:
@@ -264,8 +264,12 @@ def _checked_rows(features: Any, targets: Any, groups: Any, classes: bool) -> tu
             f"readout: expected finite features, found {int((~np.isfinite(x)).any(1).sum())} rows that are not"
         )
     y = y.astype(str) if classes else y.astype(float)
-    known = ~np.isin(y, ("", "nan", "None")) if classes else np.isfinite(y)
+    known = ~np.isin(y, ("", "nan", "None", "<NA>")) if classes else np.isfinite(y)
     x, y, who = x[known], y[known], who[known]
+    if classes and 2 * (n := len(set(y))) > len(set(who)) > 2:
+        raise ValueError(
+            f"readout: expected classes with two subjects or more on average, found {n} for {len(set(who))}; numbers must come as numbers (astype(float))"
+        )
     if len(set(y)) < 2:
         raise ValueError(f"readout: expected a target that differs between rows, found {len(set(y))} values")
     return x, y, who, known

@@ -309,6 +309,7 @@ def test_shuffled_targets_bring_nothing():
         (dict(kind="svm"), "kind from ridge, knn, mlp, found 'svm'"),
         (dict(groups=["a"] * 90), "at least 5 subjects.*found 1"),
         (dict(targets=np.zeros(90)), "target that differs"),
+        (dict(targets=np.arange(90).astype(str)), r"found 90 for 90; numbers must come as numbers"),
         (dict(targets=np.zeros(3)), r"found \(90, 12\), \(3,\), \(90,\)"),
         (dict(features=np.full((90, 12), np.inf)), "90 rows that are not"),
     ],
