@@ -67,7 +67,7 @@ def data_fields(
     facts = dict(space=layout.space, layout=layout.digest, tr=check_tr(tr), coordinates=places)
     return facts | dict(num_brain_voxels=layout.n_sites, scaler=None if scaler is None else scaler.to_dict())
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #7d9d528b
 class _OwnData:
     "What a configuration knows about the data."
 
@@ -886,7 +886,7 @@ def _parts(index: Path) -> list[Path]:
         raise ValueError(f"{index}: expected files beside the index, found {outside[0]}")
     return [index.parent / name for name in names]
 
-
+# %% ../nbs/04a_brainlm_2024.ipynb #bcc8fc47
 def _weight_files(folder: Path) -> list[Path]:
     "The files that hold the weights, in order; a safetensors file before a pickled one."
     for name in ("model.safetensors", "pytorch_model.bin"):
