@@ -469,7 +469,7 @@ def forecast_table(
     out.insert(2, "seconds", out.frame * tr)
     return out
 
-# %% ../nbs/04c_forecasting.ipynb #072c95c0
+# %% ../nbs/04c_forecasting.ipynb #6db9000f
 @dataclass(repr=False)
 class RunForecast(Result):
     "What a model says comes after a recording."
@@ -507,7 +507,7 @@ class RunForecast(Result):
             self.table().to_csv(temporary, index=False)
         return path
 
-# %% ../nbs/04c_forecasting.ipynb #718f131c
+# %% ../nbs/04c_forecasting.ipynb #5e057265
 def check_forecast_ending(path: str | Path) -> Path:
     "A name that a forecast can be saved under. Raises `ValueError` for others."
     if Path(path).suffix not in (".npz", ".safetensors", ".csv"):
@@ -516,7 +516,7 @@ def check_forecast_ending(path: str | Path) -> Path:
         )
     return Path(path)
 
-# %% ../nbs/04c_forecasting.ipynb #0378da4d
+# %% ../nbs/04c_forecasting.ipynb #47c7d435
 def _known_part(recording: Any, spec: Any, until: float | None, how: dict) -> Frames:
     "A recording at the model's TR, not z-scored, and without anything that comes after `until`."
     plain = replace(spec, zscore=False)
@@ -544,7 +544,7 @@ def _known_part(recording: Any, spec: Any, until: float | None, how: dict) -> Fr
         )
     return found._replace(packed=found.packed[:frames])
 
-# %% ../nbs/04c_forecasting.ipynb #5db25c14
+# %% ../nbs/04c_forecasting.ipynb #5ba5c62a
 def _to_model(
     model: BrainLMForPretraining, values: np.ndarray, zscore: bool
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
@@ -558,7 +558,7 @@ def _to_model(
     centre, scale = (np.broadcast_to(np.asarray(scaler[k], np.float64), n) for k in ("centre", "scale"))
     return signal, centre * sd + mean, scale * sd
 
-# %% ../nbs/04c_forecasting.ipynb #55f5cebe
+# %% ../nbs/04c_forecasting.ipynb #22134e4b
 def _about_forecast(
     model: BrainLMForPretraining, frames: Frames, spec: Any, until: float | None, dead: int
 ) -> dict[str, Any]:
@@ -575,7 +575,7 @@ def _about_forecast(
     told |= dict(spec=dict(vars(spec)), layout=frames.layout.digest, notes=notes)
     return told | dict(model=type(model).__name__, weights=recordings.digest_of(model))
 
-# %% ../nbs/04c_forecasting.ipynb #483a6c47
+# %% ../nbs/04c_forecasting.ipynb #c2d1cb43
 def forecast_run(
     model: BrainLMForPretraining,  # with a space, a TR and a scaler in its config
     recording: Any,  # a Run, a file, a folder, a store, an array: see `recordings.read_frames`
@@ -604,7 +604,7 @@ def forecast_run(
     past = values[-signal.shape[-1] :]
     return RunForecast((scaled * scale + centre).astype(np.float32), when, past, scaled, about)
 
-# %% ../nbs/04c_forecasting.ipynb #d9032498
+# %% ../nbs/04c_forecasting.ipynb #8a3ece98
 def covering_masks(
     parcels: int,
     blocks: int,
@@ -626,7 +626,7 @@ def covering_masks(
         passes += [(rank - i * count) % blocks < count for i in range(-(-blocks // count))]
     return np.stack(passes)
 
-# %% ../nbs/04c_forecasting.ipynb #3c3ec51d
+# %% ../nbs/04c_forecasting.ipynb #88e77738
 @dataclass(repr=False)
 class RecordingReconstruction(Result):
     "A whole recording, every value predicted while it was hidden. In the model's scaled units."
@@ -660,7 +660,7 @@ class RecordingReconstruction(Result):
         frames, parcels = self.prediction.shape
         return f"RecordingReconstruction({self.about.get('key', 'run')}: {frames} frames of {parcels} parcels, R² {self.total_r2:.3f})"
 
-# %% ../nbs/04c_forecasting.ipynb #a3382aa9
+# %% ../nbs/04c_forecasting.ipynb #f873de54
 def _gather_windows(
     windows: recordings.Windows, model: Any, device: Any, progress: bool
 ) -> Iterator[tuple[int, Tensor]]:
