@@ -3,7 +3,7 @@ up to the training, then repeats it.
 
     python benchmarks/brainlm_ci_seeds.py --seeds 3 --table results/brainlm_ci_seeds.csv
 
-One thread, about a minute a training on a quiet core. Values are R² on all held-out simulated people of the chapter,
+One thread, one to two minutes a training. Values are R² on all held-out simulated people of the chapter,
 intervals come from drawing these people again. The table is written anew after each training."""
 
 import __future__
