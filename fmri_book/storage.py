@@ -1060,9 +1060,9 @@ class _Descriptor:
                 )
             out, offset = out[n:], offset + n
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # kept here: at the end of a program the module may be gone first
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
 
 # %% ../nbs/01b_storage.ipynb #8ca72397
 class Store:
