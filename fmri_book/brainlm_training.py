@@ -43,7 +43,7 @@ __all__ = ['SCALINGS', 'METHODS', 'simulated_people', 'check_parcels', 'space_fr
            'linear_baseline', 'regression_scores', 'class_scores', 'FinetuneRecipe', 'add_lora', 'merged',
            'prediction_scores']
 
-# %% ../nbs/04b_brainlm_training.ipynb #2ef1be7e
+# %% ../nbs/04b_brainlm_training.ipynb #7e5cf2ec
 class _Made(list):
     "Records and the layout that they share."
 
@@ -59,9 +59,10 @@ def simulated_people(
     tr: float = 1.4,  # seconds
     tasks: Sequence[str] = ("rest",),
     effects: Sequence[Any] | None = None,  # of `cohort.Effect`; None: the cohort's own
+    zscored: bool = False,  # each parcel over its run; else: % of the baseline, from it
     seed: int = 0,
     **more: Any,  # of `cohort.Cohort`: site_noise, activation, drift, spectrum …
-) -> _Made:  # of float16 records, each parcel z-scored over its run
+) -> _Made:  # of float16 records
     "A simulated cohort with its planted traits: group, score, own strength of the planted connections, mean response to events (%)."
     from fmri_book.cohort import EFFECTS, Cohort
 
@@ -74,7 +75,8 @@ def simulated_people(
         | ({"response": float(np.mean([cohort.amplitude(s, k) for k in kinds]))} if kinds else {})
         for s, row in people.iterrows()
     }
-    runs = (run.replace(bold=zscore(run.bold)) for run in cohort)
+    state = zscore if zscored else lambda x: x - 100  # whose baseline is 100
+    runs = (run.replace(bold=state(run.bold)) for run in cohort)
     made = _Made(
         Record.from_run(run.replace(meta=run.meta | {"phenotypes": traits[run.subject]}), "float16")
         for run in runs
@@ -393,7 +395,7 @@ class _OfParcels(Recipe):
     def eval_data(self) -> dict[str, Any]:
         return self.sets
 
-# %% ../nbs/04b_brainlm_training.ipynb #631da55b
+# %% ../nbs/04b_brainlm_training.ipynb #b1b16652
 @patch
 def _recordings(self: _OfParcels) -> Any:
     "Recordings that are not a store yet."
@@ -403,7 +405,7 @@ def _recordings(self: _OfParcels) -> Any:
     if data.train == "simulated":
         asked = {k: data[k] for k in ("sessions", "tasks", "site_noise", "activation", "drift")}
         asked |= {"tr": data.tr or self._size.cohort().tr, "spectrum": Spectrum(white=data.white)}
-        asked |= {"seed": data.cohort_seed}
+        asked |= {"seed": data.cohort_seed, "zscored": bool(data.zscore)}
         return simulated_people(data.subjects, data.run_frames, self._space(), **asked)
     if data.train == "example":
         return _example(self._space(), data.held_out)
@@ -420,7 +422,7 @@ def _recordings(self: _OfParcels) -> Any:
 def _space(self: _OfParcels) -> str:
     return self.config.data.space or self._size.space
 
-# %% ../nbs/04b_brainlm_training.ipynb #a674f32e
+# %% ../nbs/04b_brainlm_training.ipynb #a24676fd
 @patch
 def _store(self: _OfParcels) -> Path | None:
     "Where made or converted recordings are; None: they can be read where they lie."
@@ -429,12 +431,12 @@ def _store(self: _OfParcels) -> Path | None:
     data = self.config.data
     if not self._made and detect(data.train) in ("store", "wds"):
         return None
-    names = ["train", "space", "tr"]
+    names = ["train", "space", "tr", "zscore"]
     if self._made:
         names += ["subjects", "sessions", "run_frames", "tasks", "cohort_seed", "held_out"]
         names += ["site_noise", "activation", "drift", "white"]
     else:
-        names += ["column", "zscore"]
+        names += ["column"]
     told = {k: data[k] if k != "tasks" else list(data[k]) for k in names} | {"of": self._space()}
     if not self._made:
         path = Path(data.train).absolute()
@@ -720,9 +722,10 @@ class Masked(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         return self.clips.__getitems__(indices) | {"mask_kind": self.kind}
 
-# %% ../nbs/04b_brainlm_training.ipynb #051b881a
+# %% ../nbs/04b_brainlm_training.ipynb #115e6f24
 _CI = {"steps": PRESETS["ci"].steps, "batch_size": PRESETS["ci"].batch_size, "lr": PRESETS["ci"].lr}
-_CI |= {"eval_every": 200, "eval_clips": 64, "warmup": 0.1, "weight_decay": 0.01}
+_CI |= {"optimizer": "muon", "muon_lr": PRESETS["ci"].muon_lr, "betas": [0.9, 0.98], "weight_decay": 0.05}
+_CI |= {"eval_every": 300, "eval_clips": 64, "warmup": 0.1}
 _GPU = {"precision": "bf16", "workers": 8, "eval_every": 500, "eval_clips": 1024}
 
 
@@ -738,7 +741,7 @@ def _options(preset: str) -> dict[str, Any]:
         else _GPU | fixed | ({"batch_size": 64, "accumulate": 8} if preset == "paper" else {})
     )
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #84fd985e
 @recipe("brainlm")
 class BrainLMRecipe(_OfParcels):
     "Pretraining: hidden stretches of signal, at random or at the end of the window."
@@ -1105,9 +1108,10 @@ def class_scores(
         "auc": float(np.mean(areas)) if areas else float("nan"),
     }
 
-# %% ../nbs/04b_brainlm_training.ipynb #361a110e
+# %% ../nbs/04b_brainlm_training.ipynb #6f94854b
 METHODS = ("probe", "full", "lora")
 _TUNED = {"steps": 200, "eval_every": 100, "eval_clips": None, "lr": 1e-3}
+_TUNED |= {"optimizer": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.01}
 
 # %% ../nbs/04b_brainlm_training.ipynb #24038cbc
 @recipe("brainlm-finetune")
