@@ -829,15 +829,16 @@ def sums(self: BrainLMRecipe, name: str, output: Any, batch: dict[str, Any]) -> 
     parts = [torch.ones_like(x), x, x**2, (made - x) ** 2, (made - x).abs(), (line - x) ** 2]
     return torch.stack([p.sum() for p in parts]).cpu()
 
-# %% ../nbs/04b_brainlm_training.ipynb #aca0e9ed
+# %% ../nbs/04b_brainlm_training.ipynb #f009a9af
 @patch
 def measures(self: BrainLMRecipe, name: str, sums: Tensor) -> dict[str, float]:
-    "Unclipped R² beside that of straight lines, MSE and MAE, in scaled units."
+    "Unclipped R² (against the mean, and against zero), that of straight lines, MSE and MAE, in scaled units."
     n, total, squares, error, absolute, line = sums.double().tolist()
     spread = max(squares - total**2 / n, 1e-30)
-    return {"r2": 1 - error / spread, "r2_lines": 1 - line / spread, "mse": error / n, "mae": absolute / n}
+    scores = {"r2": 1 - error / spread, "r2_zero": 1 - error / max(squares, 1e-30)}
+    return scores | {"r2_lines": 1 - line / spread, "mse": error / n, "mae": absolute / n}
 
-# %% ../nbs/04b_brainlm_training.ipynb #4a895ab1
+# %% ../nbs/04b_brainlm_training.ipynb #587d608c
 @patch
 def figure(self: BrainLMRecipe, output: Any, title: str) -> Figure:
     "Truth, what was hidden of it, and the prediction, for three parcels of the first window."
@@ -865,7 +866,7 @@ def figure(self: BrainLMRecipe, output: Any, title: str) -> Figure:
         )
         ax.set_ylabel(f"{names[v]}\n(IQR)", fontsize=8)
     ax.set_xlabel("seconds")
-    ax.legend(loc="upper right", fontsize=7, ncols=2)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=2)
     figure.suptitle(title, fontsize=10)
     return figure
 
