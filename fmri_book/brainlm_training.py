@@ -829,14 +829,13 @@ def sums(self: BrainLMRecipe, name: str, output: Any, batch: dict[str, Any]) -> 
     parts = [torch.ones_like(x), x, x**2, (made - x) ** 2, (made - x).abs(), (line - x) ** 2]
     return torch.stack([p.sum() for p in parts]).cpu()
 
-# %% ../nbs/04b_brainlm_training.ipynb #f009a9af
+# %% ../nbs/04b_brainlm_training.ipynb #a620d606
 @patch
 def measures(self: BrainLMRecipe, name: str, sums: Tensor) -> dict[str, float]:
-    "Unclipped R² (against the mean, and against zero), that of straight lines, MSE and MAE, in scaled units."
+    "Unclipped R² beside that of straight lines, MSE and MAE, in scaled units."
     n, total, squares, error, absolute, line = sums.double().tolist()
     spread = max(squares - total**2 / n, 1e-30)
-    scores = {"r2": 1 - error / spread, "r2_zero": 1 - error / max(squares, 1e-30)}
-    return scores | {"r2_lines": 1 - line / spread, "mse": error / n, "mae": absolute / n}
+    return {"r2": 1 - error / spread, "r2_lines": 1 - line / spread, "mse": error / n, "mae": absolute / n}
 
 # %% ../nbs/04b_brainlm_training.ipynb #587d608c
 @patch
