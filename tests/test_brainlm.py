@@ -1596,7 +1596,7 @@ def spoiled(what):
     elif what == "not centred":
         signal = signal + 100
     elif what == "too small":
-        signal = signal / 1000
+        signal = signal / 1e5  # windows of scrubbed frames go down to a thousandth
     elif what == "mask":
         more["mask"] = torch.zeros(2, 12, 4)
     elif what == "missing":
@@ -1630,7 +1630,7 @@ BAD = {
     "raw": SCALED.format(r"[\d.]+ around \d{2,}"),
     "not divided": SCALED.format(r"[\d.]+ around 0.\d+ SD"),
     "not centred": SCALED.format(r"[01]\.\d+ around \d\d"),
-    "too small": SCALED.format("0.00"),
+    "too small": SCALED.format(r"[\d.]+e-0\d"),
     "mask": r"a mask \(batch, parcels, blocks\) = \(2, 12, 3\), found \(2, 12, 4\)",
     "missing": r"missing \(batch, parcels\) = \(2, 12\), found \(12,\)",
     "labels": r"labels, what to predict instead of the signal, of its shape \(2, 12, 12\), found \(2, 12, 3\)",
