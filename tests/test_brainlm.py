@@ -1,14 +1,12 @@
 """The decoder-only BrainLM: the published numbers, an independent reference, no look-ahead, masks, files, bad input."""
 
 import copy
-import datetime
 import inspect
 import json
 import math
 import os
 import pickle
 import re
-import socket
 import subprocess
 import sys
 import warnings
@@ -1806,47 +1804,48 @@ def test_every_weight_has_a_gradient_in_every_step(pooling):
         assert not [k for k, p in model.named_parameters() if p.grad is None]
 
 
-def steps_together(rank, out, port=None):
+def steps_together(out, rank=None):
     "Three steps of both models on half of the data, with another process; or on all of it, alone."
-    import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    if port is not None:
-        wait, at = datetime.timedelta(seconds=100), f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", at, rank=rank, world_size=2, timeout=wait)
     signal, xyz = data(4)
-    mine = slice(None) if port is None else slice(2 * rank, 2 * rank + 2)
+    mine = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
     for cls, name, target in (
         (BrainLMForPretraining, "mask", draw_mask(4, 6, 3, kind="forward")),
         (BrainLMForFinetuning, "labels", torch.tensor([1.0, 2.0, 3.0, 4.0])),
     ):
         model = make(cls).train()
-        worker = model if port is None else DistributedDataParallel(model)
+        worker = model if rank is None else DistributedDataParallel(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         for _ in range(3):
             worker(signal[mine], xyz, **{name: target[mine]}).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        save_file(model.state_dict(), f"{out}_{cls.__name__}_{rank}.safetensors")
-    if port is not None:
-        dist.destroy_process_group()
+        save_file(model.state_dict(), f"{out}_{cls.__name__}_{rank or 0}.safetensors")
+
+
+TOGETHER = """
+import faulthandler, sys
+faulthandler.dump_traceback_later(120, exit=True)  # a process that hangs says where
+sys.path.insert(0, sys.argv[1])
+import test_brainlm as t, torch.distributed as dist
+dist.init_process_group("gloo")
+t.steps_together(sys.argv[2], dist.get_rank())
+dist.barrier()
+dist.destroy_process_group()
+"""
 
 
 def test_two_processes_train_as_one(tmp_path):
     "With DistributedDataParallel as it is: no weight stays behind, and the steps are those of one process."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_brainlm as t; "
-    code += f"t.steps_together(1, {str(tmp_path / 'both')!r}, {port})"
+    (tmp_path / "together.py").write_text(TOGETHER)
+    # both are children of torchrun: one that fails or hangs takes the other with it, and says why
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(tmp_path / "together.py"), str(Path(__file__).parent), str(tmp_path / "both")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    other = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        steps_together(0, tmp_path / "both", port)
-    finally:
-        told = other.communicate(timeout=100)[1]
-    assert other.returncode == 0, told
-    steps_together(0, tmp_path / "alone")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    steps_together(tmp_path / "alone")
     for cls in ("BrainLMForPretraining", "BrainLMForFinetuning"):
         alone = load_file(tmp_path / f"alone_{cls}_0.safetensors")
         for rank in (0, 1):
