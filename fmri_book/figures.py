@@ -7,17 +7,20 @@ from __future__ import annotations
 import base64, io, json, os
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
     from IPython.display import HTML
     from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['DIVERGING', 'SEQUENTIAL', 'oklab_to_rgb', 'diverging_colours', 'sequential_colours', 'register_colour_maps',
-           'plotly_scale', 'use_book_style', 'show', 'in_book', 'plotly_html', 'surface_figure', 'player']
+           'plotly_scale', 'use_book_style', 'show', 'in_book', 'plotly_html', 'surface_figure', 'player',
+           'results_table']
 
 # %% ../nbs/00_figures.ipynb #92be028b
 def oklab_to_rgb(
@@ -342,3 +345,25 @@ def player(
             )
         )
     )
+
+# %% ../nbs/00_figures.ipynb #results-2
+def results_table(
+    name: str,  # of a file in the repository's folder results
+) -> pd.DataFrame | None:  # None where the repository is not at hand
+    "What a benchmark wrote down; the command, date and machine are in `.attrs['about']`, a text."
+    import pandas as pd
+
+    here = Path.cwd()
+    path = next(
+        (p / "results" / name for p in (here, *here.parents) if (p / "results" / name).exists()), None
+    )
+    if path is None:
+        print(f"see results/{name} in the repository")
+        return None
+    table, first = pd.read_csv(path, comment="#"), path.read_text().split("\n", 1)[0]
+    told = (
+        first.removeprefix("# ").removeprefix("command: ").split(" | ")[:3] if first.startswith("#") else []
+    )
+    told = told or [str(table[c].iloc[0]) for c in ("command", "date", "device") if c in table]
+    table.attrs["about"] = "\n".join(told)
+    return table

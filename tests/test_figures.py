@@ -110,3 +110,23 @@ def test_interactive_figures_never_ask_the_network(monkeypatch, in_book, has_lib
     html = figures.plotly_html(fig, "d", alt="a triangle").data
     assert not re.search(r"<(script|link)[^>]+(src|href)=.?https?:", html)
     assert (len(html) > 1_000_000) == has_library and 'id="d"' in html
+
+
+def test_results_table_finds_the_repository_and_says_what_made_it(tmp_path, monkeypatch, capsys):
+    "A command in a comment or in a column; from a folder inside; and a line where there is no repository."
+    (tmp_path / "results").mkdir()
+    (tmp_path / "_build" / "page").mkdir(parents=True)
+    (tmp_path / "results" / "a.csv").write_text(
+        "# command: python a.py | date: 2026-01-01 | device: CPU | more\nx\n1\n"
+    )
+    (tmp_path / "results" / "b.csv").write_text("x,device,date,command\n1,CPU,2026-01-01,python b.py\n")
+    monkeypatch.chdir(tmp_path / "_build" / "page")
+    assert figures.results_table("a.csv").attrs["about"].splitlines() == [
+        "python a.py",
+        "date: 2026-01-01",
+        "device: CPU",
+    ]
+    assert figures.results_table("b.csv").attrs["about"].splitlines() == ["python b.py", "2026-01-01", "CPU"]
+    assert figures.results_table("b.csv").x.tolist() == [1] and not capsys.readouterr().out
+    assert figures.results_table("c.csv") is None
+    assert "see results/c.csv" in capsys.readouterr().out
