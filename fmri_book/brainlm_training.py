@@ -378,6 +378,7 @@ class _OfParcels(Recipe):
 
     def prepare(self) -> None:
         "Makes or converts the recordings into a store, looks at all of them, fits the scaler: once, in the first process."
+        self._check_options()
         folder = self._store()
         if folder is not None and not (folder / "store.json").exists():
             write_store(self._recordings(), folder, progress=False)
@@ -421,6 +422,20 @@ def _recordings(self: _OfParcels) -> Any:
 @patch
 def _space(self: _OfParcels) -> str:
     return self.config.data.space or self._size.space
+
+
+@patch
+def _check_options(self: _OfParcels) -> None:
+    data = self.config.data
+    if data.bad_parcels not in ("refuse", "missing"):
+        raise ValueError(f"brainlm: expected data.bad_parcels refuse or missing, found {data.bad_parcels!r}")
+    if not 0 <= data.held_out < 1:
+        raise ValueError(f"brainlm: expected data.held_out from 0, below 1, found {data.held_out}")
+    if data.windows is not None and data.windows < 1:
+        raise ValueError(f"brainlm: expected data.windows of at least 1, or null, found {data.windows}")
+    for what in ("split", "coordinates"):
+        if data[what] is not None and not Path(data[what]).is_file():
+            raise FileNotFoundError(f"brainlm: expected data.{what} as a file, found none at {data[what]}")
 
 # %% ../nbs/04b_brainlm_training.ipynb #a24676fd
 @patch
@@ -630,12 +645,12 @@ def _tell(self: _OfParcels, facts: Mapping[str, Any]) -> None:
 def _ready(self: _OfParcels, device: torch.device) -> dict[str, Any]:  # facts of the survey
     "Clips, and what unpacks them."
     data, frames = self.config.data, self._frames
+    self._check_options()
     self._open()
     facts = json.loads(self._facts_file().read_text())
-    self.bad = facts["bad"]
-    tr = self._told.tr or None if self._told is not None and data.tr is None else data.tr
-    rule = dict(frames=frames, tr=tr if not self._made else None)
+    self.bad = {"": facts["bad"]}  # of each further set below: recordings of two sets may have one name
     rows = {p: [i for i, q in enumerate(self.part) if q == p] for p in ("train", "held out")}
+    rule = dict(frames=frames, tr=self._tr(rows["train"]))
     random = dict(mode=data.mode, seed=self.config.seed, oversample=data.oversample)
     self.training = ClipDataset(self.source, **rule, **random, runs=rows["train"])
     self.clips = {
@@ -646,6 +661,18 @@ def _ready(self: _OfParcels, device: torch.device) -> dict[str, Any]:  # facts o
     self.decoder = ClipDecoder(self.source.layout, frames).to(device).eval()
     self._label()
     return facts
+
+
+@patch
+def _tr(self: _OfParcels, training: Sequence[int]) -> float | None:
+    "What every recording of every set must have: what is asked for, else that of the first one in training."
+    asked = None if self._made else self.config.data.tr
+    told = (self._told.tr or None) if self._told is not None else None
+    if told and asked and abs(told - asked) > 1e-3:
+        raise ValueError(
+            f"brainlm: expected a TR of {told:g} s, as in pretraining, found data.tr={asked:g}; fmri-book prepare --tr {told:g}"
+        )
+    return told or asked or (float(self.source.index["tr"].iloc[training[0]]) if len(training) else None)
 
 
 @patch
@@ -669,8 +696,8 @@ def _another(self: _OfParcels, name: str, path: str, rule: dict) -> Any:
             f"brainlm: {name}: expected signals that move, found {len(found.bad)} recordings that do not: "
             f"{', '.join(list(found.bad)[:5])}; data.bad_parcels=missing hides these parcels"
         )
-    self.bad = self.bad | found.bad
-    return Evenly(source, range(len(source)), self.config.data.windows, **rule)
+    self.bad[name] = found.bad
+    return Evenly(source, range(len(source)), self.config.data.windows, name=name, **rule)
 
 # %% ../nbs/04b_brainlm_training.ipynb #4a9f8e35
 class Evenly(Dataset):
@@ -681,8 +708,10 @@ class Evenly(Dataset):
         source: Any,
         rows: Sequence[int],  # of the source
         windows: int | None = None,  # of a recording, at most; None: as few as see every frame
+        name: str = "",  # of a set of its own, whose recordings may have names that occur elsewhere
         **rule: Any,  # frames, tr: see `clips.ClipDataset`
     ):
+        self.name = name
         self.clips = ClipDataset(source, stride=1, runs=rows, **rule)
         n, first, numbers = self.clips.rule.frames, 0, []
         for row in self.clips.rows:
@@ -707,7 +736,7 @@ class Evenly(Dataset):
         return len(self.numbers)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        return self.clips.batch(self.numbers[np.asarray(indices)])
+        return self.clips.batch(self.numbers[np.asarray(indices)]) | {"set": self.name}
 
 # %% ../nbs/04b_brainlm_training.ipynb #2c160c1c
 class Masked(Dataset):
@@ -764,10 +793,11 @@ class BrainLMRecipe(_OfParcels):
 def _signal(self: _OfParcels, batch: dict[str, Any]) -> dict[str, Tensor]:
     "Scaled signal, coordinates and missing parcels, on the device."
     given = self.model.scaled({"signal": self.decoder.decode(batch)["signal"]})
-    if any(key in self.bad for key in batch["key"]):
+    bad = self.bad[batch.get("set", "")]
+    if any(key in bad for key in batch["key"]):
         missing = torch.zeros(given["signal_vectors"].shape[:2], dtype=torch.bool)
         for row, key in enumerate(batch["key"]):
-            missing[row, self.bad.get(key, [])] = True
+            missing[row, bad.get(key, [])] = True
         given["missing"] = missing.to(given["signal_vectors"].device)
     return given
 
@@ -959,11 +989,14 @@ def _number(cell: Any, name: str, key: str) -> float:
     if _unknown(cell):
         return float("nan")
     try:
-        return float(cell)
+        number = float(cell)
     except ValueError:
         raise ValueError(
             f"targets: expected numbers in {name}, found {cell!r} for {key}; for names set target.kind=classification"
         ) from None
+    if np.isinf(number):
+        raise ValueError(f"targets: expected finite numbers in {name}, found {cell!r} for {key}")
+    return number
 
 # %% ../nbs/04b_brainlm_training.ipynb #ecc6541a
 def targets_of(
@@ -972,7 +1005,7 @@ def targets_of(
     columns: Sequence[str],
     kind: str = "regression",  # or classification
     table: str | None = None,  # CSV, TSV or Parquet; None: phenotypes that came with the recordings
-    classes: Sequence[str] | None = None,  # known from training
+    classes: Sequence[str] | None = None,  # known from training; such recordings need not have targets
     id_column: str | None = None,
     session: str | None = None,
 ) -> Targets:
@@ -989,7 +1022,7 @@ def targets_of(
         rows, none = _table_of(table, columns, id_column, session), [None] * len(columns)
         cells = [rows.get((s, v), rows.get((s,), none)) for s, v in zip(index["subject"], index["session"])]
     else:
-        cells = _phenotypes(metas, columns)
+        cells = _phenotypes(metas, columns, needed=classes is None)
     if kind == "classification":
         names = (
             sorted({_class_name(c[0]) for c in cells if not _unknown(c[0])})
@@ -1006,9 +1039,9 @@ def targets_of(
     return Targets(list(columns), kind, {k: np.array(v) for k, v in zip(index["key"], made)}, names)
 
 # %% ../nbs/04b_brainlm_training.ipynb #a591dcd6
-def _phenotypes(metas: Sequence[dict], columns: Sequence[str]) -> list[list]:
+def _phenotypes(metas: Sequence[dict], columns: Sequence[str], needed: bool = True) -> list[list]:
     people = [m.get("phenotypes", {}) for m in metas]
-    if absent := [c for c in columns if not any(c in p for p in people)]:
+    if needed and (absent := [c for c in columns if not any(c in p for p in people)]):
         known = ", ".join(sorted({c for p in people for c in p})) or "none"
         raise ValueError(
             f"targets: expected phenotypes {', '.join(absent)} with the recordings, found {known}; or give target.table=FILE"
@@ -1173,25 +1206,33 @@ def _weights_at(path: str) -> str:
 
 
 @patch
-def _labelled(self: FinetuneRecipe, source: Any, classes: Sequence[str] | None = None) -> Targets:
+def _labelled(
+    self: FinetuneRecipe, index: pd.DataFrame, metas: Sequence[dict], classes: Sequence[str] | None = None
+) -> Targets:
     t = self.config.target
+    if t.table is not None and not Path(t.table).is_file():
+        raise FileNotFoundError(f"targets: expected a table of people, found no file at {t.table}")
     more = dict(table=t.table, classes=classes, id_column=t.id, session=t.session)
-    metas = self._metas(source) if t.table is None else []
-    return targets_of(source.index, metas, list(t.columns), t.kind, **more)
+    return targets_of(index, metas, list(t.columns), t.kind, **more)
 
 
 @patch
 def _parts(self: FinetuneRecipe) -> list[str]:
     "As in pretraining; a recording without any target is in no part."
-    self.targets = self._labelled(self.source)
-    parts = _OfParcels._parts(self)
-    known = [not np.isnan(self.targets.values[key]).all() for key in self.source.index["key"]]
-    used = ("train", "held out")
-    if not any(k for k, p in zip(known, parts) if p == "train"):
+    parts, index = _OfParcels._parts(self), self.source.index
+    metas, keys = self._metas(self.source) if self.config.target.table is None else [], index["key"].tolist()
+    used = [
+        i for i, p in enumerate(parts) if p in ("train", "held out")
+    ]  # a class of the others is none here
+    self.targets = self._labelled(index.iloc[used], [metas[i] for i in used if metas])
+    known = [i for i in used if not np.isnan(self.targets.values[keys[i]]).all()]
+    if not any(parts[i] == "train" for i in known):
         raise ValueError(
             f"targets: expected {', '.join(self.targets.names)} of training people, found it for none of {parts.count('train')} recordings; do subjects have the same names in the table?"
         )
-    return ["not used: no target" if p in used and not k else p for p, k in zip(parts, known)]
+    for i in set(used) - set(known):
+        parts[i] = "not used: no target"
+    return parts
 
 # %% ../nbs/04b_brainlm_training.ipynb #817a56e8
 @patch
@@ -1229,6 +1270,9 @@ def setup(self: FinetuneRecipe, device: torch.device) -> nn.Module:
     else:
         config = BrainLMConfig.from_dict(self._told.to_dict() | given)
         self.model = BrainLMForFinetuning.from_pretrained(_weights_at(asked.pretrained), config=config)
+        self._warn_of_known_people()
+        if not self.model.loading["new"]:  # it was fine-tuned before, perhaps to something else
+            _renew_head(self.model)
     self.model.model.embeddings.mask_token.requires_grad_(
         False
     )  # nothing is hidden: it would wait for a gradient
@@ -1242,9 +1286,50 @@ def setup(self: FinetuneRecipe, device: torch.device) -> nn.Module:
 @patch
 def _label(self: FinetuneRecipe) -> None:
     "What is known of every recording of every set; those of further sets need no target, and get a prediction."
-    self.labels = dict(self.targets.values)
+    self.labels = {"": self.targets.values}
     for name in self.config.data.evaluate:
-        self.labels |= self._labelled(self.clips[name].clips.source, self.targets.classes).values
+        source = self.clips[name].clips.source
+        metas = self._metas(source) if self.config.target.table is None else []
+        self.labels[name] = self._labelled(source.index, metas, self.targets.classes).values
+    self._check_logged()
+
+# %% ../nbs/04b_brainlm_training.ipynb #ft-small-2
+def _renew_head(model: BrainLMForFinetuning) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module not in set(model.model.modules()):
+            model._init_weights(module)
+
+
+@patch
+def _check_logged(self: FinetuneRecipe) -> None:
+    "A logarithm that does not exist is better found now than at the first evaluation."
+    if not self.config.target.scale.startswith("log1p") or self.config.target.kind != "regression":
+        return
+    low = [key for of in self.labels.values() for key, v in of.items() if (v <= -1).any()]
+    if low:
+        raise ValueError(
+            f"targets: expected numbers above -1 for {self.config.target.scale}, found others for {len(low)} recordings: {', '.join(low[:5])}"
+        )
+
+
+@patch
+def _warn_of_known_people(self: FinetuneRecipe) -> None:
+    "Held-out people whose signals the pretrained model has seen, as far as its run tells."
+    import pandas as pd
+
+    at = Path(self.config.model.pretrained or "")
+    told = next((p for p in (at / "recordings.csv", at.parent / "recordings.csv") if p.is_file()), None)
+    if self.config.model.pretrained is None or told is None:
+        return
+    table = pd.read_csv(told, dtype=str)
+    seen = set(table["subject"][table["part"] == "train"])
+    held = {s for s, p in zip(self.source.index["subject"], self.part) if p == "held out"}
+    if both := sorted(seen & held):
+        warnings.warn(
+            f"brainlm: {len(both)} of {len(held)} held-out people were trained on in {told.parent} ({', '.join(both[:5])}); "
+            "use one split for both trainings (data.split)",
+            stacklevel=2,
+        )
 
 # %% ../nbs/04b_brainlm_training.ipynb #2382c0f1
 @patch
@@ -1306,7 +1391,8 @@ def _save_merged(model: BrainLMForFinetuning, folder: str | Path, **how: Any) ->
 def inputs(self: FinetuneRecipe, batch: dict[str, Any], draw: Draw) -> dict[str, Any]:
     "Scaled signal and targets in their own units; nothing is hidden."
     given = self._signal(batch)
-    values = torch.from_numpy(np.stack([self.labels[key] for key in batch["key"]])).float()
+    labels = self.labels[batch.get("set", "")]
+    values = torch.from_numpy(np.stack([labels[key] for key in batch["key"]])).float()
     if self.config.target.kind == "classification":
         values = values[:, 0].nan_to_num(-100).long()
     given["labels"] = values.to(given["signal_vectors"].device, non_blocking=True)
@@ -1340,11 +1426,13 @@ def sums(self: FinetuneRecipe, name: str, output: Any, batch: dict[str, Any]) ->
 # %% ../nbs/04b_brainlm_training.ipynb #d8a15518
 @patch
 def measures(self: FinetuneRecipe, name: str, sums: Tensor) -> dict[str, float]:
-    "Scores of the recordings' mean predictions beside both baselines; predictions go to a CSV."
-    keys, count = self.clips[name].keys, sums[:, -1:].clamp(min=1)
-    made = {"model": (sums[:, :-1] / count).numpy()} | self._baselines(name)
-    truth = np.stack([self.labels[k] for k in keys])
-    self._write_predictions(name, made, truth, sums[:, -1].int().tolist())
+    "Scores of the recordings' mean predictions beside both baselines; predictions of all of them go to a CSV."
+    keys, windows = self.clips[name].keys, sums[:, -1:]
+    made = {"model": (sums[:, :-1] / windows).numpy()} | self._baselines(name)  # NaN: no window was evaluated
+    truth = np.stack([self.labels[self.clips[name].name][k] for k in keys])
+    self._write_predictions(name, made, truth, windows[:, 0].int().tolist())
+    seen = windows[:, 0].numpy() > 0
+    made, truth = {who: values[seen] for who, values in made.items()}, truth[seen]  # all rivals on the same
     row = {}
     for who, values in made.items():
         end = "" if who == "model" else f"_{who}"
@@ -1367,7 +1455,7 @@ def _baselines(self: FinetuneRecipe, name: str) -> dict[str, np.ndarray]:
     if name not in self._made_baselines:
         rows = [i for i, p in enumerate(self.part) if p == "train"]
         keys, people = self.source.index["key"], self.source.index["subject"]
-        values = np.stack([self.labels[keys[i]] for i in rows])
+        values = np.stack([self.labels[""][keys[i]] for i in rows])
         clips, k = self.clips[name], len(self.targets.columns)
         n, classify = len(clips.keys), self.config.target.kind == "classification"
         trivial = (
@@ -1413,7 +1501,7 @@ def _write_predictions(
                     windows[i],
                     target,
                     float(true) if known else "",
-                    *(float(m[i, j]) for m in made.values()),
+                    *("" if np.isnan(m[i, j]) else float(m[i, j]) for m in made.values()),
                 )
             )
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
@@ -1429,7 +1517,7 @@ def prediction_scores(
     "Each rival's scores over recordings, with 95 % intervals over people."
     import pandas as pd
 
-    table = pd.read_csv(path, dtype={"subject": str, "session": str}).dropna(subset="truth")
+    table = pd.read_csv(path, dtype={"subject": str, "session": str}).dropna(subset=["truth", "model"])
     rivals, rng, rows = [c for c in table.columns[6:]], np.random.default_rng(seed), []
     for target, own in [("class", table)] if classify else table.groupby("target", sort=False):
         wide = (

@@ -681,6 +681,132 @@ def test_real_atlases(tmp_path):
         assert B.space_from_table(folder / name, f"schaefer{n}_mni", n=n).names[0] == "7Networks_LH_Vis_1"
 
 
+# --------------------------------------------------------------------- several sets, whose recordings have the same names
+
+
+def other_place(record):
+    "The same names as at home, another person behind each: ten times as old, and parcel 9 is dead in the first session."
+    record.meta["phenotypes"] |= {"age": 900.0, "group": "B"}
+    if record.session == "1":
+        record.values[:, 9] = 5.0
+
+
+def test_sets_with_the_same_names_do_not_mix(tmp_path, finetune, store):
+    write_store(recordings(seed=1, change=other_place), tmp_path / "there", progress=False)
+    there = {"data": {"evaluate": {"there": str(tmp_path / "there")}, "bad_parcels": "missing"}}
+    recipe = ready(finetune("two", there))
+    draw, home = T.Draw((0, 0)), recipe.train_data()
+    i = next(i for i in range(len(home)) if home[i]["key"] == "sub-00_ses-1_task-rest")
+    given = recipe.inputs(home.batch([i]), draw)
+    assert given["labels"].tolist() == [[20.0]] and "missing" not in given
+    given = recipe.inputs(recipe.eval_data()["there"].__getitems__([0]), draw)
+    assert given["labels"].tolist() == [[900.0]] and given["missing"].nonzero().tolist() == [[0, 9]]
+    done = T.train(finetune("run", there))
+    alone = T.train(finetune("alone", {"data": {"bad_parcels": "missing"}}))
+    assert same(done.model.state_dict(), alone.model.state_dict())
+    by_set = {e["set"]: e for e in done.evaluations}
+    table = pd.read_csv(done.folder / "predictions" / "there.csv")
+    assert by_set["there"]["mae/age"] == pytest.approx((900 - table.model).mean()) and len(table) == 12
+    assert by_set["held out"]["mae/age"] == alone.evaluations[0]["mae/age"]
+
+
+def test_a_further_set_needs_no_targets(tmp_path, finetune):
+    def nameless(record):
+        record.meta.pop("phenotypes")
+
+    write_store(recordings(seed=1, change=nameless), tmp_path / "there", progress=False)
+    done = T.train(finetune("run", {"data": {"evaluate": {"there": str(tmp_path / "there")}}}))
+    table = pd.read_csv(done.folder / "predictions" / "there.csv")
+    assert len(table) == 12 and table.truth.isna().all() and table.model.notna().all()
+
+
+def test_one_tr_in_all_sets(tmp_path, pretrain, finetune):
+    def slow(record):
+        record.tr = 1.0
+
+    def partly(record):
+        record.tr = 1.0 if record.subject == "05" else 2.0
+
+    write_store(recordings(change=slow), tmp_path / "slow", progress=False)
+    write_store(recordings(change=partly), tmp_path / "partly", progress=False)
+    for make in (pretrain, finetune):
+        for data in ({"evaluate": {"there": str(tmp_path / "slow")}}, {"train": str(tmp_path / "partly")}):
+            with pytest.raises(ValueError, match=r"TR of 2 s in every run, found 1 s"):
+                T.train(make("run", {"data": data}))
+    with pytest.raises(ValueError, match=r"expected a TR of 2 s, as in pretraining, found data.tr=1"):
+        T.train(finetune("run", {"data": {"tr": 1.0}}))
+
+
+def test_recordings_without_an_evaluated_window_have_no_prediction(finetune):
+    done = T.train(finetune("few", eval_clips=2))
+    path = done.folder / "predictions" / "held-out.csv"
+    table, row = pd.read_csv(path), done.evaluations[0]
+    assert 0 < (table.windows == 0).sum() < len(table) == 4
+    assert table.model.isna().tolist() == (table.windows == 0).tolist()
+    seen = table[table.windows > 0]
+    assert row["mae/age"] == pytest.approx((seen.model - seen.truth).abs().mean())
+    assert row["mae_trivial/age"] == pytest.approx((seen.trivial - seen.truth).abs().mean())
+    assert B.prediction_scores(path, 0).recordings.eq(len(seen)).all()
+
+
+def test_a_head_that_was_trained_before_starts_anew(finetune):
+    first = T.train(finetune("first", steps=6))
+    again = {"model": {"pretrained": str(first.folder)}, "target": {"columns": ["site"]}}
+    recipe = ready(finetune("second", again))
+    head, old = recipe.model.mlp_pred_head.state_dict(), first.model.mlp_pred_head.state_dict()
+    assert not any(torch.equal(head[k], old[k]) for k in head if "weight" in k)
+    assert not any(head[k].any() for k in head if "bias" in k)
+    assert torch.equal(recipe.model.model.layernorm.weight, first.model.model.layernorm.weight)
+    assert recipe.model.config.target_names == ["site"]
+
+
+def test_held_out_people_of_the_pretraining_are_named(tmp_path, finetune, recwarn):
+    ready(finetune("same people"))
+    assert not [w for w in recwarn if "held-out people" in str(w.message)]
+    parts = {"train": ("01", "02", "03", "05"), "validation": ("00", "04")}
+    Split(parts, ("subject",), {"train": 1.0}, 0, "x").save(tmp_path / "other.json")
+    with pytest.warns(UserWarning, match=r"1 of 2 held-out people were trained on in .*pretrained \(00\)"):
+        ready(finetune("others", {"data": {"split": str(tmp_path / "other.json")}}))
+
+
+def test_targets_that_cannot_be_meant_are_refused(tmp_path, finetune):
+    def table(**cells):
+        ages = {f"{i:02d}": 30 + i for i in range(6)} | cells
+        (tmp_path / "people.csv").write_text("subject,age\n" + "".join(f"{k},{v}\n" for k, v in ages.items()))
+        return {"target": {"table": str(tmp_path / "people.csv")}}
+
+    with pytest.raises(ValueError, match="finite numbers in age, found .*inf.* for sub-02"):
+        ready(finetune("inf", table(**{"02": "inf"})))
+    with pytest.raises(ValueError, match="above -1 for log1p, found others for 2 recordings: sub-05"):
+        ready(finetune("log", table(**{"05": -3}), {"target": {"scale": "log1p"}}))
+    with pytest.raises(FileNotFoundError, match="expected a table of people, found no file at nowhere.csv"):
+        ready(finetune("none", {"target": {"table": "nowhere.csv"}}))
+
+
+def test_a_class_that_only_unused_people_have_is_none(tmp_path, finetune):
+    rows = "".join(f"{i:02d},{'AB'[i % 2] if i != 3 else 'C'}\n" for i in range(6))
+    (tmp_path / "people.csv").write_text("subject,kind\n" + rows)
+    parts = {"train": ("00", "01", "02"), "validation": ("04", "05"), "test": ("03",)}
+    Split(parts, ("subject",), {"train": 1.0}, 0, "x").save(tmp_path / "split.json")
+    target = {"table": str(tmp_path / "people.csv"), "columns": ["kind"], "kind": "classification"}
+    recipe = ready(finetune("kinds", {"target": target, "data": {"split": str(tmp_path / "split.json")}}))
+    assert recipe.targets.classes == ["A", "B"] and "sub-03_ses-1_task-rest" not in recipe.targets.values
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"bad_parcels": "mising"}, "bad_parcels refuse or missing, found 'mising'"),
+        ({"held_out": -1}, "held_out from 0, below 1, found -1"),
+        ({"windows": 0}, "windows of at least 1, or null, found 0"),
+        ({"split": "nowhere.json"}, "data.split as a file, found none at nowhere.json"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(pretrain, wrong, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        T.train(pretrain("wrong", {"data": wrong}))
+
+
 # ----------------------------------------------------------------------------------- several processes, the command line
 
 
