@@ -309,37 +309,36 @@ def _roll(
 # %% ../nbs/04c_forecasting.ipynb #bf3840e0
 def forecast(
     model: BrainLMForPretraining,
-    signal: Tensor | Any,  # (B, V, T) scaled; or a recording, see `forecast_run`
+    signal: Tensor | np.ndarray | Any,  # (B, V, T) scaled; or a recording, see `forecast_run`
     blocks: int = 1,  # how many blocks to predict
     *,
-    xyz_vectors: Tensor | None = None,  # (V, 3) mm; None: the config's coordinates
-    missing: Tensor | None = None,  # (B, V) bool: parcels without data
+    xyz_vectors: Tensor | None = None,  # (V, 3) or (B, V, 3) mm; None: the config's coordinates
+    missing: Tensor | None = None,  # (B, V) True or 1: parcels without data
     context: int
     | None = None,  # blocks that are read; None: as many as there are, one less than a training window has
     cache: bool = True,  # False: every block by a full forward pass; the same numbers up to rounding
-    batch_size: int = 32,
+    batch_size: int = 32,  # samples at a time; a recording is one
     **how: Any,  # of `forecast_run`
 ) -> Tensor | RunForecast:  # (B, V, blocks * P), scaled; of a recording: a `RunForecast`
     "The blocks that follow a signal. Raises `ValueError` for inputs that the model does not take."
+    _counted(batch_size, "samples (batch_size)")
+    if isinstance(signal, np.ndarray) and signal.ndim == 3:
+        signal = torch.from_numpy(np.array(signal))
     if not isinstance(signal, Tensor):
+        known = "the model knows the places, the recording which parcels have no data"
+        _refuse_more("a recording", known, xyz_vectors=xyz_vectors, missing=missing)
         return forecast_run(model, signal, blocks, context=context, cache=cache, **how)
+    _refuse_more("a scaled signal", "these are for recordings, see forecast_run", **how)
     signal = _last_blocks(model, signal, blocks, context)
+    xyz, missing = _of_samples(model, signal, xyz_vectors, missing)
     check_scaled(signal, missing)
-    xyz = model.model._coordinates(xyz_vectors, signal.shape[1])
     cached = (
         cache and not model.config.open_cls
     )  # where parcels read the class token, later blocks change earlier ones
     with _guessing(model):
         parts = [
-            _roll(
-                model,
-                signal[at : at + batch_size].to(model.device),
-                xyz,
-                None if missing is None else missing[at : at + batch_size],
-                blocks,
-                cached,
-            )
-            for at in range(0, len(signal), batch_size)
+            _roll(model, some.to(model.device), places, empty, blocks, cached)
+            for some, places, empty in _batches(signal, xyz, missing, batch_size)
         ]
     return torch.cat(parts)
 
@@ -351,20 +350,64 @@ def _last_blocks(model: BrainLMForPretraining, signal: Tensor, blocks: int, cont
             f"forecast: expected a BrainLMForPretraining, whose head predicts, found {type(model).__name__}"
         )
     frames, window = _blocks_of(model)
-    if int(blocks) != blocks or blocks < 1:
-        raise ValueError(f"forecast: expected a whole number of blocks from 1 up, found {blocks!r}")
-    if signal.ndim != 3 or signal.shape[-1] < frames:
+    _counted(blocks, "blocks")
+    if window < 2:
+        raise ValueError(
+            "forecast: expected a model with a window of at least two blocks, one to read and one to predict, found one block "
+            f"of {frames} frames: train with a smaller timepoint_patching_size, or a larger num_timepoints_per_voxel"
+        )
+    if signal.ndim != 3 or not len(signal) or signal.shape[-1] < frames:
         raise ValueError(
             f"forecast: expected a signal (batch, parcels, frames) of at least one block of {frames} frames, found shape {tuple(signal.shape)}"
         )
     there = min(signal.shape[-1] // frames, window - 1)
     wanted = there if context is None else context
-    if int(wanted) != wanted or not 1 <= wanted <= there:
+    if not isinstance(wanted, int | np.integer) or not 1 <= wanted <= there:
         raise ValueError(
             f"forecast: expected a context of 1 to {there} blocks ({signal.shape[-1]} frames are there, and the model was "
             f"trained on {window} blocks, the last of which is the predicted one), found {context!r}"
         )
     return signal[..., -wanted * frames :]
+
+# %% ../nbs/04c_forecasting.ipynb #9385a824
+def _counted(found: Any, name: str) -> None:
+    if not isinstance(found, int | np.integer) or found < 1:
+        raise ValueError(f"forecast: expected a whole number of {name} from 1 up, found {found!r}")
+
+
+def _refuse_more(what: str, why: str, **given: Any) -> None:
+    "What would be passed over in silence is refused."
+    if names := [name for name, value in given.items() if value is not None]:
+        raise TypeError(f"forecast: expected nothing more with {what}, found {', '.join(names)}: {why}")
+
+# %% ../nbs/04c_forecasting.ipynb #6636984e
+def _of_samples(
+    model: BrainLMForPretraining, signal: Tensor, xyz: Any, missing: Any
+) -> tuple[Tensor, Tensor | None]:  # (V, 3) or (B, V, 3); (B, V) bool
+    "Coordinates, and which parcels have no data, checked against the signal."
+    xyz = model.model._coordinates(xyz, signal.shape[1])
+    if xyz.ndim == 3 and len(xyz) not in (1, len(signal)):
+        raise ValueError(
+            f"forecast: expected xyz_vectors for {len(signal)} samples or for all of them, found {len(xyz)}"
+        )
+    if missing is None:
+        return xyz, None
+    missing = torch.as_tensor(missing).bool()
+    if missing.shape != signal.shape[:2]:
+        raise ValueError(
+            f"forecast: expected missing as {tuple(signal.shape[:2])} = (batch, parcels), found {tuple(missing.shape)}"
+        )
+    return xyz, missing
+
+
+def _batches(
+    signal: Tensor, xyz: Tensor, missing: Tensor | None, size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    "Some samples at a time, with what belongs to them."
+    own = xyz.ndim == 3 and len(xyz) > 1
+    for at in range(0, len(signal), size):
+        some = slice(at, at + size)
+        yield signal[some], xyz[some] if own else xyz, None if missing is None else missing[some]
 
 # %% ../nbs/04c_forecasting.ipynb #06846e93
 def load_forecaster(
@@ -522,6 +565,10 @@ def _known_part(recording: Any, spec: Any, until: float | None, how: dict) -> Fr
     plain = replace(spec, zscore=False)
     if until is None:
         return recordings.read_frames(recording, plain, **how)
+    if not np.isfinite(until):
+        raise ValueError(
+            f"forecast: expected until= as a number of seconds, found {until:g}; leave it out to read everything"
+        )
     if isinstance(recording, Run):  # cut before anything else is done: resampling mixes neighbours
         frames = int(until / recording.tr + 1e-6)
         if not 2 <= frames <= recording.n_frames:

@@ -144,12 +144,66 @@ def test_the_model_is_given_back_as_it_was():
         (dict(signal=1000 + noise(2, PARCELS, 32)), "splits.Scaler.fit"),
         (dict(xyz_vectors=XYZ[:4]), "for 10 parcels"),
         (dict(xyz_vectors=None), "found none, and none in the config"),
+        (dict(xyz_vectors=XYZ.expand(3, -1, -1)), "for 2 samples or for all of them, found 3"),
+        (dict(blocks=float("nan")), "blocks from 1 up, found nan"),
+        (dict(context=float("inf")), "found inf"),
+        (dict(batch_size=0), r"\(batch_size\) from 1 up, found 0"),
+        (dict(batch_size=2.5), r"\(batch_size\) from 1 up, found 2.5"),
+        (dict(missing=torch.zeros(PARCELS)), r"missing as \(2, 10\).*found \(10,\)"),
+        (dict(signal=noise(0, PARCELS, 32)), "at least one"),
     ],
 )
 def test_calls_that_cannot_be_meant(told, says):
     told = dict(signal=noise(2, PARCELS, 32), blocks=2, xyz_vectors=XYZ) | told
     with pytest.raises(ValueError, match=says):
         fc.forecast(tiny(), told.pop("signal"), **told)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_everybody_keeps_their_own_coordinates_from_batch_to_batch(size):
+    model, x, xyz = tiny(xyz_scale=0.1), noise(3, PARCELS, 2 * FRAMES), 40 * noise(3, PARCELS, 3, seed=3)
+    found = fc.forecast(model, x, 2, xyz_vectors=xyz, batch_size=size)
+    alone = [fc.forecast(model, x[i : i + 1], 2, xyz_vectors=xyz[i]) for i in range(3)]
+    assert torch.allclose(found, torch.cat(alone), atol=2e-6)
+    swapped = fc.forecast(model, x, 2, xyz_vectors=xyz.flip(0), batch_size=size)
+    assert not torch.allclose(found, swapped, atol=1e-4)  # they do matter
+    shared = fc.forecast(model, x, 2, xyz_vectors=xyz[:1], batch_size=size)
+    assert torch.allclose(shared, fc.forecast(model, x, 2, xyz_vectors=xyz[0]), atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["int", "float", "numpy", "numpy float", "list"])
+def test_parcels_without_data_may_be_marked_by_any_zeros_and_ones(kind):
+    model, x = tiny(), noise(3, PARCELS, 2 * FRAMES)
+    x[0, 4] = x[2, 1] = 0
+    missing = x.std(-1) == 0
+    expected = fc.forecast(model, x, 2, xyz_vectors=XYZ, missing=missing)
+    other = {
+        "int": missing.int(),
+        "float": missing.float(),
+        "numpy": missing.numpy(),
+        "numpy float": missing.numpy().astype(float),
+        "list": missing.tolist(),
+    }[kind]
+    found = fc.forecast(model, x, 2, xyz_vectors=XYZ, missing=other, batch_size=2)
+    assert torch.allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("turn", [lambda x: x, lambda x: x[::-1]], ids=["as it lies", "backwards"])
+def test_signals_may_be_numpy_arrays(turn):
+    model, x = tiny(), turn(noise(2, PARCELS, 2 * FRAMES).numpy())
+    found = fc.forecast(model, x, 2, xyz_vectors=XYZ.numpy())
+    assert torch.equal(found, fc.forecast(model, torch.from_numpy(x.copy()), 2, xyz_vectors=XYZ))
+
+
+def test_a_window_of_one_block_has_no_room_for_a_context():
+    model = tiny(num_timepoints_per_voxel=FRAMES)
+    with pytest.raises(ValueError, match="window of at least two blocks.*found one block of 8 frames"):
+        fc.forecast(model, noise(2, PARCELS, 32), xyz_vectors=XYZ)
+
+
+def test_signals_take_no_settings_of_recordings():
+    with pytest.raises(TypeError, match="found until, tr: .*forecast_run"):
+        fc.forecast(tiny(), noise(2, PARCELS, 32), xyz_vectors=XYZ, until=10.0, tr=0.72)
 
 
 def test_a_model_without_a_head_is_refused():
@@ -388,6 +442,14 @@ def test_a_forecast_comes_back_in_the_units_of_the_run(people, scaler):
     assert isinstance(fc.forecast(model, run, 2), fc.RunForecast)
 
 
+@pytest.mark.parametrize(
+    "told", [dict(xyz_vectors=noise(100, 3)), dict(missing=torch.zeros(1, 100)), dict(batch_size=0)]
+)
+def test_what_a_recording_cannot_take_is_refused(people, scaler, told):
+    with pytest.raises((TypeError, ValueError), match=f"expected .*{next(iter(told))}"):
+        fc.forecast(known(scaler), people[0], **told)
+
+
 def test_the_way_back_knows_the_model_s_last_word(people, scaler):
     "A head that always says 1.5 must come back as centre + 1.5 scale, in units that were z-scored before as well."
     run = people[0]
@@ -437,6 +499,8 @@ def test_a_parcel_without_data_is_said_and_nan(people, scaler):
         (dict(scaler=None), {}, "splits.Scaler.fit"),
         (dict(space="", layout=""), {}, "input_spec"),
         ({}, dict(until=1000.0), "within the run's 168 s"),
+        ({}, dict(until=float("nan")), "until= as a number of seconds, found nan"),
+        ({}, dict(until=float("inf")), "until= as a number of seconds, found inf"),
         ({}, dict(blocks=-1), "blocks from 1 up"),
         ({}, dict(context=9), "context of 1 to 4"),
     ],
@@ -600,6 +664,8 @@ def test_the_program_says_what_is_wrong(desk, capsys):
         ((desk, store, "--key", key, "-o", desk / "x.csv"), "config.json"),
         ((model, store, "--key", key, "--blocks", "0", "-o", desk / "x.csv"), "blocks from 1 up"),
         ((model, store, "--key", key, "--until", "9999", "-o", desk / "x.csv"), "--until"),
+        ((model, store, "--key", key, "--until", "nan", "-o", desk / "x.csv"), "expected --until as a number"),
+        ((model, store, "--key", key, "--until", "inf", "-o", desk / "x.csv"), "expected --until as a number"),
     ):
         status, err = call(*words)
         assert status == 2 and says in err, (words, err)
