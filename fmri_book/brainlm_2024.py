@@ -27,6 +27,7 @@ from transformers import (
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 from transformers.utils import ModelOutput
 
+from .brainlm import _BrainLMBase, _resting
 from .data import Space, check_tr
 from .mae import Embeddings, InputSpec, load_strictly
 from .splits import Scaler
@@ -384,6 +385,7 @@ class _Published:
     "What both families can do."
 
     load_report = None  # a LoadReport, once loaded
+    _check_recordings = _BrainLMBase._check_recordings  # (batch, frames, parcels), at the TR of training
 
     @property
     def input_spec(self) -> InputSpec:
@@ -395,13 +397,8 @@ class _Published:
         self, signal_vectors: Tensor, xyz_vectors: Tensor | None = None, **options
     ) -> BrainLM2024Output:
         "A forward pass without dropout and without gradients; hides only what the options ask for."
-        before = self.training
-        self.eval()
-        try:
-            with torch.inference_mode():
-                return self(signal_vectors, xyz_vectors, **options)
-        finally:
-            self.train(before)
+        with _resting(self), torch.inference_mode():
+            return self(signal_vectors, xyz_vectors, **options)
 
 # %% ../nbs/04a_brainlm_2024.ipynb #b08a73d5
 class BrainLMMAE(_Published, PreTrainedModel):
@@ -536,6 +533,7 @@ def scaled(self: _Published, batch: dict[str, Any]) -> dict[str, Tensor | None]:
             f"brainlm: expected 'signal' or 'signal_vectors' in the batch, found {', '.join(batch)}"
         )
     signal = torch.as_tensor(batch["signal"])
+    self._check_recordings(signal, batch.get("tr"))
     if self.config.scaler is not None:
         signal = Scaler.from_dict(self.config.scaler).transform(signal)
     elif not self.config.zscore:
@@ -546,16 +544,14 @@ def scaled(self: _Published, batch: dict[str, Any]) -> dict[str, Tensor | None]:
 
 # %% ../nbs/04a_brainlm_2024.ipynb #b5538e08
 @patch
+@torch.no_grad()
 def embed(self: BrainLMMAE, batch: dict[str, Any]) -> Embeddings:
     "cls (batch, 1, width) and patch (batch, blocks · parcels, width; token n · parcels + v). Nothing is hidden; the same input gives the same bits."
-    before, given = self.training, self.scaled(batch)
-    self.eval()
-    try:
-        signal, xyz = self._checked(given["signal_vectors"], given["xyz_vectors"])
-        blocks = signal.unflatten(-1, (-1, self.config.timepoint_patching_size))
+    given = self.scaled(batch)
+    signal, xyz = self._checked(given["signal_vectors"], given["xyz_vectors"])
+    blocks = signal.unflatten(-1, (-1, self.config.timepoint_patching_size))
+    with _resting(self):
         x = self.vit(blocks, xyz, None)
-    finally:
-        self.train(before)
     tokens = x[:, 1:].unflatten(1, blocks.shape[1:3]).transpose(1, 2).flatten(1, 2)
     return Embeddings(x[:, :1], None, tokens)
 
@@ -816,16 +812,14 @@ def _autoencode(self: BrainLMViTMAE, square: Tensor, hidden: Tensor, zeroed: sli
 
 # %% ../nbs/04a_brainlm_2024.ipynb #26056703
 @patch
+@torch.no_grad()
 def embed(self: BrainLMViTMAE, batch: dict[str, Any]) -> Embeddings:
     "cls (batch, 1, width) and patch (batch, patches with signal, width), row by row of the picture. Nothing is hidden."
-    before, given = self.training, self.scaled(batch)
-    self.eval()
-    try:
-        signal, xyz = self._checked(given["signal_vectors"], given["xyz_vectors"])
-        square = self.config.canvas.pad(self.picture(signal, self._order(xyz)))
+    given = self.scaled(batch)
+    signal, xyz = self._checked(given["signal_vectors"], given["xyz_vectors"])
+    square = self.config.canvas.pad(self.picture(signal, self._order(xyz)))
+    with _resting(self):
         x = self.vit(square).last_hidden_state
-    finally:
-        self.train(before)
     return Embeddings(x[:, :1], None, x[:, 1:][:, self.config.canvas.filled.flatten().to(x.device)])
 
 # %% ../nbs/04a_brainlm_2024.ipynb #fb62db28
@@ -1090,18 +1084,22 @@ def save_pretrained(
     self: _Published,
     folder: str | Path,  # an existing one keeps its other files
 ) -> Path:
-    "config.json and model.safetensors under the published names, whatever the installed transformers calls them."
+    """config.json and model.safetensors under the published names, whatever the installed transformers calls them. Killed
+    between the two, it leaves weights without settings, which are refused; never new weights beside settings of others."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rename = published_name if isinstance(self, BrainLMViTMAE) else str
     state = {rename(k): v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+    self.config.architectures = [type(self).__name__]
+    place, settings = folder / "config.json", self.config.to_json_string(use_diff=False)
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
-    self.config.architectures = [type(self).__name__]
-    with atomic_path(folder / "config.json") as temporary:
-        temporary.write_text(self.config.to_json_string(use_diff=False))
+        if place.is_file() and place.read_bytes() != settings.encode():
+            place.unlink()
+    with atomic_path(place) as temporary:
+        temporary.write_text(settings)
     return folder
 
 # %% ../nbs/04a_brainlm_2024.ipynb #52c2a86f

@@ -318,6 +318,38 @@ def test_the_same_subject_twice_gives_the_same_bits(make, size):
     torch.testing.assert_close(other.cls.flip(0), first.cls, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("ask", ["embed", "predict"])
+@pytest.mark.parametrize(("make", "size"), [(one_d, (6, 40)), (picture, (40, 24))])
+def test_looking_leaves_no_trace(make, size, ask):
+    "No gradient is kept, and every part of the model is in the mode that it was in: also one that was frozen by hand."
+    model, x = make(check_input=False).train(), signal(2, *size)
+    model.vit.embeddings.eval()
+    before = [part.training for part in model.modules()]
+    xyz = torch.randn(size[0], 3, generator=torch.Generator().manual_seed(1)) * 40
+    batch = {"signal_vectors": x, "xyz_vectors": xyz}
+    found = model.embed(batch).patch if ask == "embed" else model.predict(**batch).logits
+    assert not found.requires_grad
+    assert [part.training for part in model.modules()] == before
+    with pytest.raises(ValueError, match="expected"):
+        wrong = {"signal_vectors": x, "xyz_vectors": xyz[:3]}
+        model.config.check_input = True
+        model.embed(wrong) if ask == "embed" else model.predict(**wrong)
+    assert [part.training for part in model.modules()] == before
+
+
+@pytest.mark.parametrize(("make", "size"), [(one_d, (6, 40)), (picture, (40, 24))])
+def test_recordings_of_another_tr_are_refused(make, size):
+    model, x = make(zscore=True, tr=0.72), signal(2, *size).transpose(1, 2)
+    fits, wrong = torch.tensor([0.72, 0.7204]), torch.tensor([0.72, 2.0])
+    assert model.scaled({"signal": x, "tr": fits})["signal_vectors"].shape == (2, *size)
+    assert model.scaled({"signal": x})["signal_vectors"].shape == (2, *size)  # nobody says
+    for call in (model.scaled, model.embed):
+        with pytest.raises(ValueError, match=r"TR of 0.72 s, as in training, found 0.72, 2 s; resample"):
+            call({"signal": x, "tr": wrong})
+    model.config.tr = 0.0  # unknown, as of the published weights
+    assert model.scaled({"signal": x, "tr": wrong})["signal_vectors"].shape == (2, *size)
+
+
 def test_legacy_order_changes_the_class_token_and_the_fixed_order_does_not():
     model, x = one_d(), signal()
     state = torch.get_rng_state()
@@ -649,6 +681,40 @@ def test_saved_and_opened_again(tmp_path, make):
     config = AutoConfig.from_pretrained(tmp_path / "m")
     assert type(config) is type(model.config) and config.hidden_size == 32
     model.save_pretrained(tmp_path / "m")  # an existing folder is replaced, file by file
+
+
+def stopped_after_the_weights(model, folder, monkeypatch):
+    "A save that is killed where nothing can be tidied up: after the weights, before the settings."
+    real = L.atomic_path
+
+    def killed(path, *told):
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        return real(path, *told)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(L, "atomic_path", killed)
+        model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [one_d, picture])
+def test_new_weights_never_stand_beside_old_settings(tmp_path, make, monkeypatch):
+    folder = tmp_path / "m"
+    make(tr=0.72).save_pretrained(folder)
+    changed = noisy(make(tr=2.0), 1)
+    stopped_after_the_weights(changed, folder, monkeypatch)
+    for cls in (type(changed), AutoModelForPreTraining):
+        with pytest.raises((OSError, ValueError), match=r"config\.json|model_type"):
+            cls.from_pretrained(folder)
+    assert changed.save_pretrained(folder) and type(changed).from_pretrained(folder).config.tr == 2.0
+
+
+def test_a_save_with_the_same_settings_may_stop_anywhere(tmp_path, monkeypatch):
+    folder, more = one_d(tr=0.72).save_pretrained(tmp_path / "m"), noisy(one_d(tr=0.72), 1)
+    stopped_after_the_weights(more, folder, monkeypatch)
+    loaded = BrainLMMAE.from_pretrained(folder)
+    assert loaded.config.tr == 0.72
+    assert torch.equal(loaded.decoder.mask_token, more.decoder.mask_token)
 
 
 def test_a_known_checksum_is_named(tmp_path, monkeypatch):
