@@ -16,7 +16,8 @@ loss and gradients are compared in float32 without attention dropout; what dropo
 The ways take turns, step by step; the ratio is the median over the rounds of the ratios, its interval a bootstrap over the rounds.
 `--cpu-time` measures processor seconds of one thread, which neighbours on a shared machine disturb less. Memory is the peak of a
 process of its own over two steps, less what it held after its imports; a way for which less is free than it will need is not run,
-and the table says so. `--check` fails if blocks are less than 1.4 times as fast as dense, or take as much memory, in float32.
+and the table says so. `--check` fails if blocks are less than 1.4 times as fast as dense, or take as much memory, in float32, and also
+if one of these numbers was not measured.
 """
 
 from __future__ import annotations
@@ -189,16 +190,31 @@ def measure(setting: tuple[str, float], options: argparse.Namespace) -> list[dic
 
 
 def missed(rows: list[dict]) -> list[str]:
-    "What does not meet the floors."
-    value, bad = {(r["what"], r["precision"], r["attention_dropout"], r["way"]): r["value"] for r in rows}, []
-    for dropout in sorted({r["attention_dropout"] for r in rows if r["what"] == "step, median" and r["precision"] == "float32"}):
+    "What does not meet the floors. A number that is not there meets none."
+    value = {(r["what"], r["precision"], r["attention_dropout"], r["way"]): r["value"] for r in rows}
+    dropouts = sorted({r["attention_dropout"] for r in rows if r["what"] == "step, median" and r["precision"] == "float32"})
+    bad = [] if dropouts else ["steps in float32, found none measured (--settings float32:0.0)"]
+    for dropout in dropouts:
         speed = value.get(("blocks: times as fast as", "float32", dropout, "dense"))
-        if speed is not None and speed < 1.4:
-            bad.append(f"dropout {dropout}: blocks 1.4 times as fast as dense, found {speed:.2f}")
+        if not at_least(speed, 1.4):
+            bad.append(f"dropout {dropout}: blocks 1.4 times as fast as dense, found {told(speed, '.2f')}")
         ours, theirs = (value.get(("peak memory of two steps", "float32", dropout, way)) for way in ("blocks", "dense"))
-        if isinstance(ours, float) and isinstance(theirs, float) and ours >= theirs:
-            bad.append(f"dropout {dropout}: less memory than dense, found {ours:.0f} and {theirs:.0f} MB")
+        if not less(ours, theirs):
+            bad.append(f"dropout {dropout}: less memory than dense (MB), found {told(ours)} and {told(theirs)}")
     return bad
+
+
+def at_least(value: object, floor: float) -> bool:
+    return isinstance(value, float) and value >= floor
+
+
+def less(ours: object, theirs: object) -> bool:
+    return isinstance(ours, float) and isinstance(theirs, float) and ours < theirs
+
+
+def told(value: object, digits: str = ".0f") -> str:
+    "A number, or why there is none."
+    return format(value, digits) if isinstance(value, float) else str(value or "nothing measured")
 
 
 def arguments() -> argparse.Namespace:
@@ -218,6 +234,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.threads = 1 if options.cpu_time else options.threads
+    if options.check and options.no_memory:  # said before anything takes minutes
+        parser.error("expected --check with memory, which it is about, too; found --no-memory: leave one of them out")
     return options
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmri_book.brainlm as B
 from fmri_book.brainlm import BlockByBlock, block_attention, block_causal, dense_attention
@@ -169,9 +170,109 @@ def test_step_says_which_floor_is_missed(benchmark):
     assert len(step.missed([*rows, row("blocks: times as fast as", "dense", 1.41)])) == 1
 
 
-def test_mask_memory_grows_with_the_square_or_not_at_all(benchmark):
+FLOORS = {
+    ("blocks: times as fast as", "dense"): 1.41,
+    ("peak memory of two steps", "blocks"): 8.0,
+    ("peak memory of two steps", "dense"): 9.0,
+}
+
+
+@pytest.mark.parametrize("absent", FLOORS)
+@pytest.mark.parametrize("instead", [None, "not run: needs more than 9, free 8", math.nan])
+def test_step_meets_no_floor_with_a_number_that_is_not_there(benchmark, absent, instead):
+    step = benchmark("brainlm_step")
+    row = lambda what, way, value: step.row(what, ("float32", 0.0), way, value, "")
+    rows = [row("step, median", "blocks", 1.0), *(row(*key, value) for key, value in FLOORS.items())]
+    assert step.missed(rows) == []
+    rows = [r for r in rows if (r["what"], r["way"]) != absent]
+    rows += [] if instead is None else [row(*absent, instead)]
+    (bad,) = step.missed(rows)
+    assert str("nothing measured" if instead is None else instead) in bad
+
+
+def test_step_without_any_float32_has_met_nothing(benchmark):
+    step = benchmark("brainlm_step")
+    assert "float32, found none" in step.missed([])[0]
+    assert step.missed([step.row("step, median", ("bfloat16", 0.0), "blocks", 1.0, "s")])
+
+
+def test_step_says_at_once_that_it_cannot_check_memory_without_measuring_it(benchmark, monkeypatch, capsys):
+    step = benchmark("brainlm_step")
+    monkeypatch.setattr(sys, "argv", ["brainlm_step.py", "--check", "--no-memory"])
+    with pytest.raises(SystemExit):
+        step.arguments()
+    assert "found --no-memory" in capsys.readouterr().err
+
+
+def memory_rows(memory, peaks):
+    "As the benchmark writes them down, from (way, dropout, frames) -> MB."
+    what = "peak of forward and backward"
+    rows = [
+        dict(what=what, way=way, attention_dropout=dropout, frames=frames, value=value)
+        for (way, dropout, frames), value in peaks.items()
+    ]
+    return rows + memory.growth(rows)
+
+
+def test_memory_says_which_floor_is_missed_or_not_measured(benchmark):
+    memory = benchmark("brainlm_memory")
+    good = {
+        (way, dropout, frames): float(frames * (1 if way == "blocks" else frames))
+        for way in ("blocks", "dense")
+        for dropout in ("0.0", "0.1")
+        for frames in (100, 200)
+    }
+    missed = lambda **changes: memory.missed(memory_rows(memory, good | changes.get("peaks", {})))
+    assert missed() == []
+    assert missed(peaks={("dense", "0.1", 200): "not run"}) == []  # the shorter window tells
+    (bad,) = missed(peaks={("dense", "0.1", frames): "not run" for frames in (100, 200)})
+    assert bad.startswith("dropout 0.1: less memory") and bad.endswith("200 and not run")
+    (bad,) = missed(peaks={("blocks", "0.0", 200): 400.0})
+    assert "found exponent 2.00" in bad
+    alone = {key: value for key, value in good.items() if key[2] == 100}
+    assert all("nothing measured" in bad for bad in memory.missed(memory_rows(memory, alone)))
+    assert len(memory.missed([])) == 4
+
+
+class Made(TorchDispatchMode):
+    "Numbers in the largest tensor that an operation makes, and the masks among them."
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.masks = 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **kwargs or {})
+        for x in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+                self.masks = max(self.masks, x.numel() * (x.dtype == torch.bool))
+        return found
+
+
+def made(attend, many, monkeypatch, parcels=20, blocks=8):
+    "By one forward and backward."
+    monkeypatch.setattr(B, "_MANY", many)
+    q, k, v = tokens(batch=1, heads=1, parcels=parcels, blocks=blocks)
+    with Made() as found:
+        attend(q, k, v, parcels).sum().backward()
+    return found
+
+
+@pytest.mark.parametrize("many", [0, 10**9], ids=["our own", "PyTorch's"])
+def test_block_by_block_nothing_as_large_as_a_mask_is_made(many, monkeypatch):
+    square = (1 + 20 * 8) ** 2
+    assert made(dense_attention, many, monkeypatch).masks == square
+    found = made(block_attention, many, monkeypatch)
+    assert found.masks == 0 and found.largest < square / 4
+
+
+def test_mask_memory_grows_with_the_square_or_not_at_all(benchmark, monkeypatch):
     size = benchmark("brainlm_memory").mask_bytes
     assert size("blocks", 50, 40) == 0
+    with monkeypatch.context() as patched:  # one mask among the pieces would be counted
+        patched.setattr(B, "_reads", lambda *_: [(slice(0, 1), torch.ones(7, dtype=torch.bool))])
+        assert size("blocks", 50, 40) == 7
     assert size("dense, bool", 10, 4) == 41**2
     assert size("dense, float32", 10, 4) == 4 * 41**2
     assert 0 < size("flex", 50, 40) < size("dense, bool", 50, 40) / 100
