@@ -4,7 +4,7 @@
 "BrainLM: parcels × time patches, attention that never looks ahead, predictions of what was hidden (Caro et al. 2024, decoder-only form)."
 from __future__ import annotations
 
-import math, re, warnings
+import json, math, re, warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 from fastcore.basics import patch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .atlases import check_coordinate_shape, check_coordinates, check_parcels
 from fmri_book.data import (
     Space,
+    check_tr,
 )  # before transformers: on a CPU-only torch the package mends torchvision first
 from .mae import Embeddings, InputSpec
 from .splits import FITTED, Scaler
@@ -33,8 +36,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'ATTENTION', 'PRESETS', 'BrainLMConfig', 'sinusoid', 'BrainLMEmbeddings', 'draw_mask', 'block_causal',
            'block_attention', 'dense_attention', 'BlockByBlock', 'flex_attention', 'BrainLMAttention', 'BrainLMLayer',
-           'check_scaled', 'check_coordinates', 'BrainLMOutput', 'BrainLMModel', 'masked_error',
-           'BrainLMForPretraining', 'BlockCache', 'BrainLMPrediction', 'BrainLMForFinetuning', 'BrainLMPreset']
+           'check_scaled', 'BrainLMOutput', 'BrainLMModel', 'masked_error', 'BrainLMForPretraining', 'BlockCache',
+           'BrainLMPrediction', 'BrainLMForFinetuning', 'BrainLMPreset']
 
 # %% ../nbs/04_brainlm.ipynb #5e33aaad
 ACTIVATIONS = {
@@ -79,7 +82,7 @@ class BrainLMConfig(PretrainedConfig):
     ):
         given = {k: v for k, v in locals().items() if k not in ("self", "others", "__class__")}
         for name, value in given.items():
-            setattr(self, name, value)
+            setattr(self, name, value.tolist() if isinstance(value, np.ndarray) else value)
         self._check()
         if others.get("num_labels") is not None:
             raise ValueError(f"BrainLMConfig: expected num_targets (with target_kind), found num_labels={others['num_labels']}, which nothing reads")
@@ -162,16 +165,31 @@ def for_data(
         raise ValueError(
             f"BrainLMConfig: expected a scaler of {layout.space} ({layout.n_sites} parcels), found {scaler} of another layout"
         )
-    coords = np.asarray(layout.sites.coords, np.float64).round(3).tolist()
+    if not all(np.isfinite(s) and s > 0 for s in scaler.to_dict()["scale"]):
+        raise ValueError(
+            f"BrainLMConfig: expected a scaler whose scales are above 0, found {scaler} with others: parcels that never move?"
+        )
+    if (coords := fields.get("coordinates")) is None:
+        coords = _places(layout)
+    else:
+        check_coordinates(np.asarray(coords), layout.n_sites, "BrainLMConfig")
     facts = dict(
         space=layout.space,
         layout=layout.digest,
-        tr=float(tr),
+        tr=check_tr(float(tr), "BrainLMConfig"),
         scaler=scaler.to_dict(),
-        coordinates=coords,
         num_brain_voxels=layout.n_sites,
     )
-    return cls(**facts | fields)
+    coords = np.asarray(coords, np.float64).round(3).tolist()
+    return cls(**facts | fields | {"coordinates": coords})
+
+
+def _places(layout: Layout) -> np.ndarray:
+    if layout.sites is None or layout.sites.kind != "parcels":
+        raise ValueError(
+            f"BrainLMConfig: expected parcels, found {layout.space}; run.to('schaefer400') makes them"
+        )
+    return check_parcels(layout.sites).coords
 
 # %% ../nbs/04_brainlm.ipynb #fe5d7462
 def sinusoid(
@@ -240,7 +258,8 @@ def draw_mask(
     "Which tokens are hidden: blocks at random, parcel by parcel, or everybody's last block."
     if kind not in ("random", "forward", "mixed"):
         raise ValueError(f"draw_mask: expected kind from random, forward, mixed, found {kind!r}")
-    if not 0 < ratio <= 1 and kind != "forward":
+    needed = kind == "random" or (kind == "mixed" and forward_prob < 1)
+    if needed and not 0 < ratio <= 1:
         raise ValueError(f"draw_mask: expected ratio above 0, up to 1, found {ratio}")
     if isinstance(generator, Sequence):
         if len(generator) != batch:
@@ -521,37 +540,6 @@ def check_scaled(
             "apply it, and keep it in the model's config (BrainLMConfig.for_data)"
         )
 
-# %% ../nbs/04_brainlm.ipynb #9501094a
-def _check_shape(xyz: Tensor, parcels: int, where: str) -> None:
-    if xyz.ndim not in (2, 3) or xyz.shape[-2:] != (parcels, 3):
-        raise ValueError(
-            f"{where}: expected xyz_vectors (parcels, 3) or (batch, parcels, 3) for {parcels} parcels, found shape {tuple(xyz.shape)}"
-        )
-
-
-def check_coordinates(
-    xyz: Tensor,  # (…, V, 3)
-    parcels: int,
-    where: str = "brainlm",
-) -> None:
-    "Refuses coordinates that are no millimetres around the middle of the brain. Raises `ValueError`."
-    _check_shape(xyz, parcels, where)
-    flat = xyz.detach().float().reshape(-1, 3)
-    if not torch.isfinite(flat).all():
-        raise ValueError(
-            f"{where}: expected finite coordinates, found {int((~torch.isfinite(flat)).any(1).sum())} parcels without"
-        )
-    low, high = flat.amin(0), flat.amax(0)
-    if len(flat) > 8 and (low >= 0).all() and (high > 0).any():
-        raise ValueError(
-            f"{where}: expected millimetres, left of the midline below 0, found nothing below 0 (voxel numbers?): "
-            "multiply by the image's affine, or take Space.named(…).coords"
-        )
-    if flat.abs().max() > 250 or (len(flat) > 8 and flat.abs().max() < 2):
-        raise ValueError(
-            f"{where}: expected millimetres within 250 of the origin, found numbers up to {flat.abs().max():.3g}"
-        )
-
 # %% ../nbs/04_brainlm.ipynb #f2e8dd35
 @dataclass
 class BrainLMOutput(ModelOutput):
@@ -656,7 +644,8 @@ class BrainLMModel(_BrainLMBase):
         for layer in self.layers:
             x = layer(x, signal.shape[1])
         return BrainLMOutput(
-            last_hidden_state=self.layernorm(x), mask=None if mask is None else mask.to(x.device).bool()
+            last_hidden_state=self.layernorm(x),
+            mask=None if mask is None else torch.as_tensor(mask).to(x.device).bool(),
         )
 
 # %% ../nbs/04_brainlm.ipynb #b2e828e5
@@ -697,7 +686,7 @@ def _inputs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # signal, coordinates, hidden
     "Checked, on one device, and in the type of the weights."
     config, weight = self.config, self.embeddings.signal_projection.weight
-    signal = torch.as_tensor(signal)
+    signal, missing = torch.as_tensor(signal), None if missing is None else torch.as_tensor(missing)
     batch, parcels, blocks = self._shape(signal)
     xyz = self._coordinates(xyz, parcels)
     if xyz.ndim == 3 and xyz.shape[0] not in (1, batch):
@@ -718,6 +707,7 @@ def _hidden(
 ) -> Tensor | None:
     device, hidden = self.embeddings.cls_token.device, None
     if mask is not None:
+        mask = torch.as_tensor(mask)
         if tuple(mask.shape) != shape:
             raise ValueError(
                 f"brainlm: expected a mask (batch, parcels, blocks) = {shape}, found {tuple(mask.shape)}"
@@ -743,9 +733,9 @@ def _coordinates(self: BrainLMModel, xyz: Tensor | None, parcels: int) -> Tensor
         xyz = torch.tensor(self.config.coordinates)
     elif not isinstance(xyz, Tensor):
         xyz = torch.as_tensor(np.asarray(xyz))
-    _check_shape(xyz, parcels, "brainlm")
+    check_coordinate_shape(xyz, parcels, "brainlm")
     if self.config.check_input and not torch.compiler.is_compiling():
-        check_coordinates(xyz, parcels)
+        check_coordinates(xyz, parcels, "brainlm")
     return xyz
 
 # %% ../nbs/04_brainlm.ipynb #ea7aafb9
@@ -830,7 +820,9 @@ def forward(
     logits = self.pred_head(found.last_hidden_state[:, 1:]).unflatten(1, (-1, parcels)).transpose(1, 2)
     if mask is None:
         return BrainLMOutput(logits=logits, last_hidden_state=found.last_hidden_state)
-    counted = found.mask if missing is None else found.mask & ~missing.to(logits.device).bool()[..., None]
+    counted = found.mask
+    if missing is not None:
+        counted = counted & ~torch.as_tensor(missing).to(logits.device).bool()[..., None]
     target = (signal_vectors if labels is None else labels).to(logits.device).unflatten(-1, (-1, patch_))
     loss, points = masked_error(logits, target, counted, config.loss_fn)
     if loss is None and self.training:
@@ -1204,6 +1196,10 @@ def from_pretrained(cls: _BrainLMBase, name_or_path: Any, *args: Any, **options:
         )
     except OSError as error:
         raise _not_there(name_or_path, error) from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{name_or_path}: expected a whole file of weights and settings, found {type(error).__name__}: {error}; a torn download?"
+        ) from error
     finally:
         logging.set_verbosity(told)
     new, left = (sorted(info[k]) for k in ("missing_keys", "unexpected_keys"))

@@ -18,17 +18,17 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .atlases import check_parcels, space_from_table
 from fmri_book.brainlm import (
     PRESETS,
     BrainLMConfig,
     BrainLMForFinetuning,
     BrainLMForPretraining,
     BrainLMPreset,
-    check_coordinates,
     draw_mask,
 )
 from .clips import ClipDataset, ClipDecoder
-from .data import NETWORKS, PARCEL_COUNTS, Space, zscore
+from .data import Space, zscore
 from .splits import Scaler, Split, plain_name
 from .storage import Layout, Record, atomic_path, write_store
 from .training import Draw, Recipe, recipe
@@ -38,10 +38,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['SCALINGS', 'METHODS', 'simulated_people', 'check_parcels', 'space_from_table', 'Survey', 'survey', 'Evenly', 'Masked',
-           'BrainLMRecipe', 'straight_lines', 'Targets', 'scale_targets', 'targets_of', 'connectivity_features',
-           'linear_baseline', 'regression_scores', 'class_scores', 'FinetuneRecipe', 'add_lora', 'merged',
-           'prediction_scores']
+__all__ = ['SCALINGS', 'METHODS', 'simulated_people', 'Survey', 'survey', 'Evenly', 'Masked', 'BrainLMRecipe', 'straight_lines',
+           'Targets', 'scale_targets', 'targets_of', 'connectivity_features', 'linear_baseline', 'regression_scores',
+           'class_scores', 'FinetuneRecipe', 'add_lora', 'merged', 'prediction_scores']
 
 # %% ../nbs/04b_brainlm_training.ipynb #7e5cf2ec
 class _Made(list):
@@ -133,143 +132,6 @@ def _nan_in(source: Any) -> list[str]:
 def _some(parcels: Sequence[int], names: Sequence[str] | None = None) -> str:
     shown = ", ".join(str(p) if names is None else f"{p} ({names[p]})" for p in list(parcels)[:5])
     return f"{len(parcels)} parcels ({shown}{' …' if len(parcels) > 5 else ''})"
-
-# %% ../nbs/04b_brainlm_training.ipynb #9eece203
-def check_parcels(space: Space) -> Space:  # the same
-    """Refuses parcels in a wrong order, mirrored, in voxel units or without a place, as far as names and known atlases tell:
-    Schaefer (alone or beside other regions) by its names and places, A424 by its mirrored pairs. Raises `ValueError`."""
-    xyz, n = np.asarray(space.coords, np.float64), space.n_sites
-    if (lost := ~np.isfinite(xyz).all(1)).any():
-        raise ValueError(
-            f"{space.name}: expected coordinates of every parcel, found none for {_some(np.flatnonzero(lost), space.names)}; "
-            "give the atlas's own table: data.coordinates=FILE, or space_from_table(FILE, NAME)"
-        )
-    check_coordinates(torch.from_numpy(xyz), n, space.name)
-    told = np.array([_side(str(name)) for name in space.names])
-    right = np.where(told == "L", xyz[:, 0] < 4, np.where(told == "R", xyz[:, 0] > -4, True))
-    cortical = np.flatnonzero([bool(_SCHAEFER.search(str(name))) for name in space.names])
-    if (~right).mean() > 0.3:
-        raise ValueError(
-            f"{space.name}: expected left parcels at negative x, found {int((~right).sum())} of {n} on the other side: mirrored (LAS), or hemispheres swapped?"
-        )
-    if len(cortical) in PARCEL_COUNTS:
-        _as_schaefer(space, cortical, xyz)
-    elif n == 424 and re.search(r"a[-_]?424", space.name, re.IGNORECASE):
-        far = np.linalg.norm(xyz[:180] * [-1, 1, 1] - xyz[180:360], axis=1)
-        if not (xyz[:180, 0].mean() > 0 > xyz[180:360, 0].mean()):
-            raise ValueError(
-                f"{space.name}: expected A424, whose parcels 1 to 180 are right and 181 to 360 left, found them the other way round: hemispheres swapped?"
-            )
-        if far.max() > 20:
-            raise ValueError(
-                f"{space.name}: expected A424, where parcel 180 + i mirrors parcel i, found parcel {int(far.argmax()) + 1} off by {far.max():.0f} mm: is the order another?"
-            )
-    return space
-
-
-_SCHAEFER = re.compile(r"(?:^|_)[LR]H_(?:Vis|SomMot|DorsAttn|SalVentAttn|Limbic|Cont|Default)")
-
-# %% ../nbs/04b_brainlm_training.ipynb #cc8e41c9
-def _side(name: str) -> str:
-    found = re.search(
-        r"(?:^|[_-])(?:(LH|lh|left|Left|L)|(RH|rh|right|Right|R))(?:[_-](?!.*[_-][lr]h$)|$)", name
-    )
-    return "" if found is None else "L" if found[1] else "R"
-
-
-def _as_schaefer(space: Space, cortical: np.ndarray, xyz: np.ndarray) -> None:
-    "Places of the package's own parcels, of the same number."
-    known = Space.named(f"schaefer{len(cortical)}")
-    place = np.isfinite(known.coords).all(1)
-    away = np.linalg.norm(known.coords - xyz[cortical], axis=1)
-    if (wrong := place & (away > 15)).any():  # two versions of one parcel are at most 13 mm apart
-        i = int(np.flatnonzero(wrong)[0])
-        near = int(np.nanargmin(np.linalg.norm(known.coords - xyz[cortical[i]], axis=1)))
-        raise ValueError(
-            f"{space.name}: expected the order of {known.name}, found {int(wrong.sum())} of {len(cortical)} parcels elsewhere: "
-            f"number {cortical[i] + 1} ({space.names[cortical[i]]}) lies where {known.names[near]} is. Mirrored, or another order?"
-        )
-
-# %% ../nbs/04b_brainlm_training.ipynb #dfdc70a4
-_COLUMNS = {
-    "number": ("index", "number", "roi label", "label", "id", "parcel"),
-    "name": ("roi name", "name", "region", "label name"),
-    "x": ("x", "r"),
-    "y": ("y", "a"),
-    "z": ("z", "s"),
-}
-
-
-def _cells(path: Path) -> list[list[str]]:
-    between = {".csv": ",", ".tsv": "\t"}.get(path.suffix)
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    rows = [[cell.strip().strip('"') for cell in line.split(between)] for line in lines]
-    if not rows or len({len(r) for r in rows}) != 1 or len(rows[0]) < 3:
-        raise ValueError(
-            f"{path}: expected rows of number, X, Y, Z and perhaps a name, found rows of {sorted({len(r) for r in rows})} cells"
-        )
-    return rows
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-# %% ../nbs/04b_brainlm_training.ipynb #7e8e1164
-def _columns_of(rows: list[list[str]], path: Path) -> dict[str, int]:
-    "Which column is what: from a first row without numbers, else number, X, Y, Z, name."
-    if sum(map(_is_number, rows[0])) >= 3:
-        return {"number": 0, "x": 1, "y": 2, "z": 3} | ({"name": 4} if len(rows[0]) > 4 else {})
-    head = [cell.lower() for cell in rows.pop(0)]
-    found = {
-        what: next((head.index(c) for c in known if c in head), None) for what, known in _COLUMNS.items()
-    }
-    if any(found[a] is None for a in "xyz"):
-        raise ValueError(f"{path}: expected columns X, Y and Z (or R, A and S), found {', '.join(head)}")
-    return {what: i for what, i in found.items() if i is not None}
-
-# %% ../nbs/04b_brainlm_training.ipynb #e5a06002
-def space_from_table(
-    path: str | Path,  # .csv, .tsv or .dat: number, X, Y, Z in mm, and names; with or without a row of titles
-    name: str,  # of the space
-    *,
-    n: int | None = None,  # how many parcels there must be
-    names: Sequence[str] | None = None,  # where the table has none
-) -> Space:
-    "An atlas from the table of its coordinates (MNI152 mm), checked and registered by its name. Raises `ValueError`."
-    path = Path(path)
-    xyz, told = _places_in(path, n)
-    told = list(names) if names is not None else told or [f"{name}_{i + 1}" for i in range(len(xyz))]
-    if len(told) != len(xyz) or len(set(told)) != len(xyz):
-        raise ValueError(
-            f"{path}: expected {len(xyz)} different names, found {len(set(told))} of {len(told)}"
-        )
-    side = np.where(xyz[:, 0] < 0, "L", np.where(xyz[:, 0] > 0, "R", ""))
-    found = [re.search(r"[LR]H_([A-Za-z]+)", name_) for name_ in told]
-    network = np.array([m[1] if m and m[1] in NETWORKS else "" for m in found])
-    inside = np.ones(len(xyz), bool)
-    space = Space(name, "parcels", xyz, side, network, inside, "MNI152", names=np.array(told))
-    return check_parcels(space).register()
-
-# %% ../nbs/04b_brainlm_training.ipynb #faee8297
-def _places_in(path: Path, n: int | None) -> tuple[np.ndarray, list[str]]:  # (parcels, 3) mm; names, if any
-    "The numbers of a table, in its order, which must be 1, 2, 3 …"
-    rows = _cells(path)
-    where = _columns_of(rows, path)
-    if n is not None and len(rows) != n:
-        raise ValueError(f"{path}: expected {n} parcels, found {len(rows)}")
-    if not all(_is_number(row[where[a]]) for row in rows for a in "xyz"):
-        raise ValueError(f"{path}: expected numbers in X, Y and Z, found words")
-    for i, row in enumerate(rows) if "number" in where else ():
-        if (number := row[where["number"]].removesuffix(".0")) != str(i + 1):
-            raise ValueError(
-                f"{path}: expected parcels numbered 1, 2, 3 … in this order, found {number} in row {i + 1}"
-            )
-    xyz = np.array([[float(row[where[a]]) for a in "xyz"] for row in rows], np.float32)
-    return xyz, [row[where["name"]] for row in rows] if "name" in where else []
 
 # %% ../nbs/04b_brainlm_training.ipynb #bd07a8f5
 @dataclass

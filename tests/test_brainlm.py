@@ -1863,3 +1863,58 @@ def test_presets_make_models():
         assert len(model.model.layers) == preset.layers, name
         assert config.num_timepoints_per_voxel % config.timepoint_patching_size == 0
         assert preset.config(mask_ratio=0.9)["mask_ratio"] == 0.9
+
+
+@pytest.mark.parametrize("tr", [0, -1, 2000, math.nan])
+def test_a_model_is_for_recordings_that_exist(schaefer, tr):
+    "TR in seconds, a place for every parcel, scales above 0."
+    scaler, _ = schaefer
+    with pytest.raises(ValueError, match="BrainLMConfig: expected a repetition time"):
+        BrainLMConfig.for_data("schaefer100", tr, scaler)
+    still = Scaler("robust", "site", "frames", scaler.layout, 100, scaler.centre, 0 * scaler.scale, 3, "abc", 600)
+    with pytest.raises(ValueError, match="scales are above 0"):
+        BrainLMConfig.for_data("schaefer100", 0.72, still)
+    many = Layout.of("schaefer1000")
+    wide = Scaler(
+        "robust", "site", "frames", many.digest, 1000, *np.ones((2, 1000), np.float32), 3, "abc", 600
+    )
+    with pytest.raises(ValueError, match="expected coordinates of every parcel, found none for 2 parcels"):
+        BrainLMConfig.for_data(many, 0.72, wide)
+    places = np.nan_to_num(Space.named("schaefer1000").coords)
+    config = BrainLMConfig.for_data(many, 0.72, wide, coordinates=places)
+    assert np.allclose(config.coordinates, places, atol=1e-3)
+    with pytest.raises(ValueError, match="BrainLMConfig: expected .*voxel numbers"):
+        BrainLMConfig.for_data(many, 0.72, wide, coordinates=abs(places))
+    with pytest.raises(ValueError, match="BrainLMConfig: expected parcels, found fsaverage5"):
+        layout = Layout.of("fsaverage5")
+        n = layout.n_sites
+        BrainLMConfig.for_data(
+            layout, 1, Scaler("robust", "site", "frames", layout.digest, n, *np.ones((2, n), np.float32), 3, "abc", 9)
+        )
+
+
+def test_arrays_are_taken_for_tensors(tmp_path):
+    model, (signal, xyz) = make(), data()
+    mask, missing = some(), torch.tensor([[True] + 5 * [False], 6 * [False]])
+    found = model(signal, xyz, mask=mask, missing=missing)
+    again = model(signal.numpy(), xyz.numpy(), mask=mask.numpy(), missing=missing.numpy())
+    assert torch.equal(found.loss, again.loss) and torch.equal(found.mask, again.mask)
+    placed = make(coordinates=xyz.numpy())
+    placed.save_pretrained(tmp_path)
+    near(BrainLMConfig.from_pretrained(tmp_path).coordinates, xyz)
+
+
+def test_forward_masks_need_no_ratio():
+    mask = draw_mask(3, 6, 4, kind="mixed", ratio=0, forward_prob=1.0)
+    assert torch.equal(mask, draw_mask(3, 6, 4, kind="forward"))
+    with pytest.raises(ValueError, match="ratio above 0, up to 1, found 0"):
+        draw_mask(3, 6, 4, kind="mixed", ratio=0, forward_prob=0.9)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_torn_file_is_named(tmp_path, name):
+    make().save_pretrained(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path))):
+        BrainLMForPretraining.from_pretrained(tmp_path)
