@@ -28,6 +28,7 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 from transformers.utils import ModelOutput
 
 from .brainlm import _BrainLMBase, _resting
+from . import atlases
 from .data import Space, check_tr
 from .mae import Embeddings, InputSpec, load_strictly
 from .splits import Scaler
@@ -63,7 +64,7 @@ def data_fields(
     layout = layout if isinstance(layout, Layout) else Layout.of(layout)
     if scaler is not None:
         scaler.check(layout)
-    places = layout.sites.coords if coordinates is None else coordinates
+    places = atlases.check_parcels(layout.sites).coords if coordinates is None else coordinates
     places = np.asarray(check_coordinates(places, layout.n_sites), np.float32).tolist()
     facts = dict(space=layout.space, layout=layout.digest, tr=check_tr(tr), coordinates=places)
     return facts | dict(num_brain_voxels=layout.n_sites, scaler=None if scaler is None else scaler.to_dict())
@@ -93,21 +94,7 @@ def check_coordinates(
         raise ValueError(
             f"brainlm: expected coordinates of {n_parcels} parcels in mm, found none: pass xyz_vectors=…, or make the config with for_data(layout, …)"
         )
-    shape = tuple(xyz.shape)
-    if len(shape) not in (2, 3) or shape[-2:] != (n_parcels, 3):
-        raise ValueError(f"brainlm: expected coordinates of shape (…, {n_parcels}, 3), found {shape}")
-    values = (
-        torch.as_tensor(xyz if isinstance(xyz, Tensor) else np.array(xyz)).detach().double().reshape(-1, 3)
-    )
-    if not (good := values.isfinite().all(1)).all():
-        raise ValueError(
-            f"brainlm: expected a place for each parcel, found none for parcel {int((~good).int().argmax()) % n_parcels}: drop it from the atlas"
-        )
-    size, low = values.abs().max(), values.min()
-    if len(values) > 20 and (low >= 0 or size > 150 or size < 2):
-        raise ValueError(
-            f"brainlm: expected coordinates in mm, left of the midline negative, found values from {low:g} to {values.max():g}: voxel indices must go through the image's affine, metres times 1000"
-        )
+    atlases.check_coordinates(xyz, n_parcels, "brainlm")
     return xyz
 
 # %% ../nbs/04a_brainlm_2024.ipynb #be59c083
@@ -1008,6 +995,16 @@ def _image_facts(found: Published, facts: dict[str, Any]) -> tuple[dict[str, Any
     return {"patch_size": patch, "image_size": side}, notes
 
 # %% ../nbs/04a_brainlm_2024.ipynb #68c91bb5
+def _other_sizes(published: dict[str, Any], config: PretrainedConfig) -> list[str]:
+    "Sizes that weights take without a word, though they were trained on others."
+    sizes = {"num_brain_voxels": "parcels", "num_timepoints_per_voxel": "frames"}
+    return [
+        f"{published[k]} {what} in config.json, {getattr(config, k)} told: the weights were trained on other recordings than these"
+        for k, what in sizes.items()
+        if k in published and published[k] != getattr(config, k)
+    ]
+
+
 def _settled(
     cls: type, found: Published, config: PretrainedConfig | None, fields: dict[str, Any]
 ) -> tuple[PretrainedConfig, list[str]]:
@@ -1028,6 +1025,7 @@ def _settled(
         raise ValueError(
             f"{found.where}: expected recordings whose picture is {told['image_size']} pixels wide, found {config.num_brain_voxels} parcels × {config.num_timepoints_per_voxel} frames, which make {config.image_size}"
         )
+    notes += _other_sizes(found.config, config)
     if config.coordinates is not None:
         check_coordinates(np.array(config.coordinates, float), config.num_brain_voxels)
     if config.scaler is not None:
@@ -1109,21 +1107,12 @@ for _config, _model in ((BrainLMMAEConfig, BrainLMMAE), (BrainLMViTMAEConfig, Br
 
 # %% ../nbs/04a_brainlm_2024.ipynb #f1127429
 def read_coordinates(
-    path: str | Path,  # number, X, Y, Z in mm in each row, as in A424's Coordinates.dat
+    path: str | Path,  # number, X, Y, Z in mm in each row, as in A424_Coordinates.dat
     name: str = "a424",
     names: Sequence[str] | None = None,
 ) -> Space:
-    "An atlas from its table of coordinates, registered by its name."
-    table = np.loadtxt(path, ndmin=2)
-    if table.shape[1] != 4 or not np.array_equal(table[:, 0], np.arange(1, len(table) + 1)):
-        raise ValueError(
-            f"{path}: expected rows of number, X, Y, Z, numbered from 1, found shape {table.shape}"
-        )
-    xyz = check_coordinates(table[:, 1:], len(table)).astype(np.float32)
-    side = np.where(xyz[:, 0] < 0, "L", np.where(xyz[:, 0] > 0, "R", ""))
-    names = np.array([f"{name}_{i + 1}" for i in range(len(xyz))] if names is None else list(names))
-    empty, inside = np.full(len(xyz), ""), np.ones(len(xyz), bool)
-    return Space(name, "parcels", xyz, side, empty, inside, "MNI152", names=names).register()
+    "A424, or another atlas, from its table of coordinates: order and sides are checked, and it is registered by its name."
+    return atlases.space_from_table(path, name, names=names)
 
 # %% ../nbs/04a_brainlm_2024.ipynb #4d9bbff2
 class DatRuns:

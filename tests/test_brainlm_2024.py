@@ -1,5 +1,6 @@
 """The published BrainLM families: recorded numbers, independent references, files of the published form, bad input."""
 
+import dataclasses
 import json
 import math
 import pickle
@@ -806,7 +807,7 @@ def test_torn_files_are_named(tmp_path):
         ('{"hidden_size": 3', "JSON with names and values"),
         ("[1]", "JSON with names and values, found list"),
         (OLD_CONFIG | {"hidden_size": "32"}, "hidden_size as a whole number, found '32'"),
-        (OLD_CONFIG | {"coordinates": [[1.0, 2.0, 3.0]]}, r"coordinates of shape \(…, 6, 3\)"),
+        (OLD_CONFIG | {"coordinates": [[1.0, 2.0, 3.0]]}, r"\(parcels, 3\) .* for 6 parcels"),
     ],
 )
 def test_settings_that_are_none_are_named(tmp_path, config, message):
@@ -883,9 +884,9 @@ def test_bad_coordinates_are_named():
     model, x = one_d(), signal()
     with pytest.raises(ValueError, match="found none"):
         model.predict(x)
-    with pytest.raises(ValueError, match=r"\(…, 6, 3\)"):
+    with pytest.raises(ValueError, match=r"\(parcels, 3\) .* for 6 parcels, found shape \(5, 3\)"):
         model.predict(x, XYZ[:5])
-    with pytest.raises(ValueError, match="parcel 2"):
+    with pytest.raises(ValueError, match="finite coordinates, found 1 parcels without"):
         model.predict(
             x,
             XYZ.clone().index_put_(
@@ -895,7 +896,7 @@ def test_bad_coordinates_are_named():
     coords = Space.named("schaefer100").coords
     with pytest.raises(ValueError, match="affine"):
         L.check_coordinates((coords + (90, 126, 72)) / 2, 100)
-    with pytest.raises(ValueError, match="metres"):
+    with pytest.raises(ValueError, match="within 250 of the origin"):
         L.check_coordinates(coords / 1000, 100)
     assert L.check_coordinates(coords, 100) is coords
 
@@ -934,7 +935,7 @@ def test_bad_sizes_and_masks_are_named():
 
 
 def test_a_parcel_without_a_place_and_a_foreign_scaler_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="drop it from the atlas"):
+    with pytest.raises(ValueError, match="found none for 2 parcels .*give the atlas's own table"):
         BrainLMMAEConfig.for_data("schaefer1000", 2.0)
     source = dat_folder(tmp_path)
     scaler = Scaler.fit(source, subjects="all")
@@ -997,7 +998,7 @@ def test_bad_text_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="4000 others"):
         list(dat_again(source, tmp_path))
     (tmp_path / "c.dat").write_text("1 5 5 5\n3 1 1 1\n")
-    with pytest.raises(ValueError, match="numbered from 1"):
+    with pytest.raises(ValueError, match="numbered 1, 2, 3"):
         L.read_coordinates(tmp_path / "c.dat", "atlas_of_two")
 
 
@@ -1151,5 +1152,29 @@ def test_embeddings_of_another_scaler_are_other_embeddings(tmp_path):
 def test_places_of_another_table(tmp_path):
     own = Space.named("schaefer100").coords + 3
     assert L.data_fields("schaefer100", 2.0, coordinates=own)["coordinates"] == own.tolist()
-    with pytest.raises(ValueError, match=r"\(…, 100, 3\)"):
+    with pytest.raises(ValueError, match=r"for 100 parcels, found shape \(99, 3\)"):
         L.data_fields("schaefer100", 2.0, coordinates=own[:99])
+
+
+def test_another_atlas_than_the_published_is_told(tmp_path):
+    "1-D weights take any number of parcels; the report says that it is another."
+    noisy(BrainLMMAE(BrainLMMAEConfig(**TINY))).save_pretrained(tmp_path / "one")
+    same = L.load_published(tmp_path / "one")
+    assert not [n for n in same.load_report.notes if "told" in n]
+    fields = L.data_fields("schaefer100", 0.735)
+    notes = L.load_published(tmp_path / "one", **fields).load_report.notes
+    assert f"{TINY['num_brain_voxels']} parcels in config.json, 100 told: the weights were trained on other recordings than these" in notes
+
+
+@pytest.mark.skipif(not ATLASES.exists(), reason="the A424 atlas is not on this machine")
+def test_a424_in_another_order_is_refused(tmp_path):
+    rows = (ATLASES / "A424_Coordinates.dat").read_text().splitlines()
+    cells = [row.split() for row in rows]
+    cells[5][1:], cells[300][1:] = cells[300][1:], cells[5][1:]
+    (tmp_path / "a.dat").write_text("\n".join(" ".join(c) for c in cells))
+    with pytest.raises(ValueError, match="expected A424, found 2 of 424 parcels elsewhere"):
+        L.read_coordinates(tmp_path / "a.dat", "a424_in_another_order")
+    known = Space.named("schaefer100")
+    order = [*range(49, -1, -1), *range(50, 100)]
+    with pytest.raises(ValueError, match="own: expected the order of schaefer100"):
+        L.data_fields(dataclasses.replace(known, name="own", coords=known.coords[order]).register(), 0.735)
