@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from . import data, recordings
-from .brainlm import BrainLMModel
+from .brainlm import BrainLMModel, _resting
 from .data import Space
 
 # %% auto #0
@@ -54,13 +54,9 @@ def attention_profiles(
     """How much the tokens of each parcel attend to all tokens of each other parcel: the mean over heads and time blocks.
     The class token, and with `own_block` earlier blocks, are left out, and what remains of a row is scaled to 1. Held in memory: one block's scores, never S × S.
     Raises `TypeError` for other models, `ValueError` for layers that are not there, and input that the model refuses."""
-    was = model.training
-    model.eval()
-    try:
+    with _resting(model):
         at, x = _layer_inputs(model, signal, xyz, layer, mask, missing)
         q, k, _ = at.attention.project(at.layernorm_before(x))
-    finally:
-        model.train(was)
     parcels, scale = signal.shape[1], 1 / math.sqrt(q.shape[-1])
     q, k = q[:, :, 1:], k[:, :, 1:]
     total = q.new_zeros(len(q), parcels, parcels)
@@ -82,8 +78,12 @@ def run_profile(
     batch_size: int = 8,  # windows at a time
     **how: Any,  # of `recordings.read_frames`
 ) -> np.ndarray:  # (V, V) rows sum to 1
-    "`attention_profiles` of a whole recording: the mean over its windows. Raises `ValueError` for recordings that the model refuses."
+    """`attention_profiles` of a whole recording: the mean over its windows. Raises `ValueError` for recordings that the model refuses.
+    Parcels that do not move are hidden from the model, with a warning: their rows and columns are not from their own data."""
     windows, where = recordings.open_windows(model, recording, stride, **how), next(model.parameters()).device
+    recordings._check_moving(windows)
+    if note := recordings._missing_note(windows):
+        warnings.warn(f"run_profile: {windows.frames.key}: {note}", stacklevel=2)
     total = 0
     for _, batch in windows.batches(batch_size, where):
         given = model.scaled(batch)

@@ -4,7 +4,7 @@
 "One call for a user's file: embeddings, reconstructions and denoised maps of a whole recording."
 from __future__ import annotations
 
-import hashlib, importlib, json, math, time
+import hashlib, importlib, inspect, json, math, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 __all__ = ['FAMILIES', 'Frames', 'spec_of', 'surface_of', 'Stored', 'recordings_at', 'check_layout', 'read_frames',
            'window_starts', 'fresh_frames', 'Windows', 'check_batch_size', 'move', 'open_windows', 'Result',
            'check_ending', 'read_result', 'RunEmbeddings', 'embed_run', 'predicted_frames', 'Places', 'Prediction',
-           'OnTheMap', 'RunReconstruction', 'reconstruct_run', 'Welford', 'RunDenoising', 'denoise_run', 'load_model',
-           'digest_of', 'EmbedReport', 'embed_files']
+           'OnTheMap', 'RunReconstruction', 'reconstruct_run', 'Welford', 'RunDenoising', 'denoise_run', 'family_of',
+           'load_model', 'digest_of', 'EmbedReport', 'embed_files']
 
 # %% ../nbs/03b_recordings.ipynb #f95529e2
 class Frames(NamedTuple):
@@ -345,6 +345,7 @@ class Windows:
     frames: Frames
     spec: Any
     starts: np.ndarray  # (windows,) first frames
+    missing: np.ndarray | None = None  # (windows, columns) bool: hidden, they have no data; None: nothing is
 
     def __post_init__(self):
         spec = self.spec
@@ -380,7 +381,10 @@ def batches(
     firsts = range(0, len(self), int(size))
     for first in tqdm(firsts, progress, unit="batch", leave=False, disable=None if progress else True):
         at = slice(first, min(first + int(size), len(self)))
-        yield at, self.decoder.decode(self._packed(at), device)
+        batch = self.decoder.decode(self._packed(at), device)
+        if self.missing is not None:
+            batch["missing"] = torch.from_numpy(self.missing[at]).to(device)
+        yield at, batch
 
 
 @patch
@@ -429,6 +433,20 @@ def _inference(model: nn.Module, device: Any) -> Iterator[torch.device]:
             module.training = mode
 
 # %% ../nbs/03b_recordings.ipynb #397fa275
+def _without_data(windows: Windows) -> np.ndarray | None:  # (windows, columns) bool; None: all columns move
+    "Columns that never move within a window: outside the field of view, say."
+    if windows.spec.frames == 1:  # a single frame cannot move
+        return None
+    cuts = (windows.frames.packed[s : s + windows.spec.frames] for s in windows.starts)
+    found = np.stack([(cut == cut[:1]).all(0) for cut in cuts])
+    return found if found.any() else None
+
+
+def _hides_missing(model: nn.Module) -> bool:
+    "Can it be told which columns have no data? Its `forward` says so."
+    return "missing" in inspect.signature(model.forward).parameters
+
+# %% ../nbs/03b_recordings.ipynb #6a1f0c52
 def open_windows(
     model: nn.Module,
     recording: Any,
@@ -439,7 +457,36 @@ def open_windows(
     "A recording, as this model takes it, cut into windows."
     spec = spec_of(model, spec)
     frames = read_frames(recording, spec, layout=getattr(model, "layout", None), **how)
-    return Windows(frames, spec, window_starts(len(frames.packed), spec.frames, stride, frames.source))
+    windows = Windows(frames, spec, window_starts(len(frames.packed), spec.frames, stride, frames.source))
+    if _hides_missing(model):
+        windows.missing = _without_data(windows)
+    return windows
+
+# %% ../nbs/03b_recordings.ipynb #b83de417
+def _check_moving(windows: Windows) -> None:
+    "A window in which nothing moves has nothing to be embedded."
+    if windows.missing is None or not (still := windows.missing.all(1)).any():
+        return
+    start = windows.seconds[still.argmax()]
+    raise ValueError(
+        f"{windows.frames.source}: expected parcels that move in every window, found {int(still.sum())} of {len(still)} "
+        f"in which all are constant, the first from {start:g} s: cut this stretch off, or leave the recording out"
+    )
+
+
+def _missing_names(windows: Windows) -> list[str]:
+    "Of the columns that are hidden in some window."
+    if windows.missing is None:
+        return []
+    return np.array(windows.frames.layout.sites.names)[windows.missing.any(0)].tolist()
+
+
+def _missing_note(windows: Windows) -> str:  # '' if nothing is
+    if not (names := _missing_names(windows)):
+        return ""
+    shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    n, some = len(windows), int(windows.missing.any(1).sum())
+    return f"{len(names)} parcels without data ({shown}; in {some} of {n} windows), hidden from the model"
 
 # %% ../nbs/03b_recordings.ipynb #e25a6d3f
 def _json_able(value: Any) -> Any:
@@ -567,7 +614,8 @@ def _about(windows: Windows, model: nn.Module, **more: Any) -> dict:
     facts = asdict(spec) if is_dataclass(spec) else dict(vars(spec))
     said = dict(key=frames.key, **frames.who, source=frames.source, tr=frames.tr, n_frames=len(frames.packed))
     said |= dict(spec=facts, layout=frames.layout.digest, model=type(model).__name__)
-    return said | dict(fmri_book=__version__, notes=list(frames.notes)) | more
+    notes = [*frames.notes, *filter(None, [_missing_note(windows)])]
+    return said | dict(fmri_book=__version__, notes=notes, missing=_missing_names(windows)) | more
 
 
 def _put(out: dict[str, np.ndarray], name: str, at: slice, values: Tensor | None, n: int) -> None:
@@ -592,8 +640,10 @@ def embed_run(
     progress: bool = True,
     **how: Any,  # key, pattern, tr, space, options, carry, match_original: see `read_frames`
 ) -> RunEmbeddings:
-    "Embeddings of a whole recording, in windows that cover every frame. Nothing is hidden from the model."
+    """Embeddings of a whole recording, in windows that cover every frame. Nothing is hidden from the model, except parcels that
+    do not move from models that know of missing parcels (BrainLM); `about["missing"]` names them, and a note says so."""
     windows = open_windows(model, recording, stride, spec, **how)
+    _check_moving(windows)
     out: dict[str, np.ndarray] = {}
     with _inference(model, device) as where:
         for at, batch in windows.batches(batch_size, where, "embedding" if progress else ""):
@@ -626,7 +676,8 @@ def _columns(
 def _needs_decoder(model: nn.Module) -> None:
     if not hasattr(model, "decoder") or not hasattr(model, "pred_grid"):
         raise ValueError(
-            f"expected a MaskedAutoencoderViT, whose decoder can predict, found {type(model).__name__}"
+            f"expected a MaskedAutoencoderViT, whose decoder can predict, found {type(model).__name__} "
+            "(for a BrainLM there is forecasting.reconstruct_recording)"
         )
 
 
@@ -954,15 +1005,40 @@ FAMILIES = {  # name on the command line -> for embeddings, for predictions
 }
 
 
+_MODEL_TYPES = {  # in config.json -> family
+    "brainlm": "brainlm",
+    "brainlm_mae": "brainlm-2024",
+    "brainlm_vitmae": "brainlm-2024",
+    "vit_mae": "brainlm-2024",  # as the image models of 2024 were published
+}
+
+
+def family_of(
+    name_or_path: str | Path,
+    family: str | None = None,  # one of FAMILIES, if somebody knows
+) -> str:
+    "The family of a model: as told, else by the model_type in its folder's config.json, else 'mae'."
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"expected a family from {', '.join(FAMILIES)}, found {family!r}")
+    try:  # a folder that is not there, or is broken, tells nothing: whoever loads it will say so
+        kind = json.loads((Path(name_or_path) / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    own = _MODEL_TYPES.get(kind)
+    if own and family == "mae":
+        raise ValueError(
+            f"{name_or_path}: expected family={own}, as its config.json says (model_type {kind!r}), found {family!r}"
+        )
+    return family or own or "mae"
+
+# %% ../nbs/03b_recordings.ipynb #e47a9b36
 def load_model(
     name_or_path: str | Path,  # a folder, a checkpoint file, or org/name on the Hugging Face Hub
-    family: str = "mae",  # one of FAMILIES
+    family: str | None = None,  # one of FAMILIES; None: see `family_of`
     predicts: bool = False,  # with its decoder
 ) -> nn.Module:
     "A model with its weights, by the name of its family."
-    if family not in FAMILIES:
-        raise ValueError(f"expected a family from {', '.join(FAMILIES)}, found {family!r}")
-    module, name = FAMILIES[family][predicts].split(":")
+    module, name = FAMILIES[family_of(name_or_path, family)][predicts].split(":")
     found = getattr(importlib.import_module(module), name)
     return getattr(found, "from_pretrained", found)(name_or_path)
 
@@ -984,7 +1060,7 @@ class EmbedReport:
     "What became of many recordings."
 
     out: Path
-    rows: list[dict]  # key, source, status (done, kept, failed), windows, seconds, reason
+    rows: list[dict]  # key, source, status (done, kept, failed), windows, missing, seconds, reason
 
     @property
     def counts(self) -> dict[str, int]:
@@ -998,6 +1074,11 @@ class EmbedReport:
 
     def __str__(self) -> str:
         lines = [f"{self.out}: " + (", ".join(f"{n} {s}" for s, n in self.counts.items()) or "no recordings")]
+        lines += [
+            f"  note    {r['source']}: {r['missing']} parcels without data, hidden from the model"
+            for r in self.rows
+            if r["missing"]
+        ]
         lines += [f"  failed  {r['source']}: {r['reason']}" for r in self.rows if r["status"] == "failed"]
         return "\n".join(lines)
 
@@ -1118,7 +1199,7 @@ def _one(item: _Planned, path: Path, facts: dict, do: Callable[[], RunEmbeddings
     "One recording: kept, done or failed."
     start, row = (
         time.time(),
-        dict(key=item.key, source=item.source, status="failed", windows=0, reason=item.reason),
+        dict(key=item.key, source=item.source, status="failed", windows=0, missing=0, reason=item.reason),
     )
     try:
         if item.recording is not None:
@@ -1127,9 +1208,12 @@ def _one(item: _Planned, path: Path, facts: dict, do: Callable[[], RunEmbeddings
                 found = do()
                 found.about |= {"settings": facts, "files": item.files}
                 found.save(path)
-                row |= dict(status="done", windows=len(found))
+                row |= dict(status="done", windows=len(found), missing=len(found.about["missing"]))
             else:
-                row |= dict(status="kept", windows=len(read_result(path, ["starts"])[0]["starts"]))
+                arrays, about = read_result(path, ["starts"])
+                row |= dict(
+                    status="kept", windows=len(arrays["starts"]), missing=len(about.get("missing", []))
+                )
     except Exception as error:  # noqa: BLE001 (one bad file must not stop the others; the report says what went wrong)
         row["reason"] = f"{type(error).__name__}: {error}"
     return row | {"seconds": round(time.time() - start, 2)}
@@ -1141,7 +1225,7 @@ def _tables(out: Path, rows: list[dict], suffix: str, facts: dict) -> Iterator[p
         try:
             arrays, about = read_result(path, ["cls", "reg", "mean", "starts", "fresh"])
         except ValueError as error:  # made anew when its recording is asked for
-            same = dict(key="", status="failed", windows=0, seconds=0.0)
+            same = dict(key="", status="failed", windows=0, missing=0, seconds=0.0)
             rows.append(same | dict(source=str(path), reason=str(error)))
             continue
         if about.get("settings") == facts:
@@ -1165,5 +1249,5 @@ def _write_tables(out: Path, rows: list[dict], suffix: str, facts: dict) -> None
             for table in tables:
                 file.write_table(pa.Table.from_pandas(table, first.schema, preserve_index=False))
     with atomic_path(out / "report.csv") as temporary:
-        columns = ["key", "status", "windows", "seconds", "reason", "source"]
+        columns = ["key", "status", "windows", "missing", "seconds", "reason", "source"]
         pd.DataFrame(rows, columns=columns).to_csv(temporary, index=False)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +21,10 @@ from fmri_book.brainlm import (
     BrainLMModel,
     draw_mask,
 )
+from fmri_book.brainlm_2024 import BrainLMMAE, BrainLMMAEConfig
 from fmri_book.cohort import Cohort
 from fmri_book.data import Run, Space, connectivity, load_example_run, parcel_networks, zscore
+from fmri_book.forecasting import RecordingReconstruction, reconstruct_recording
 from fmri_book.mae import InputSpec
 from fmri_book.splits import Scaler
 from fmri_book.storage import Layout, Record, write_store
@@ -99,6 +102,13 @@ def test_profiles_take_every_class_and_leave_the_mode_alone():
     head = BrainLMForFinetuning(trained.config)
     head.model.load_state_dict(trained.model.state_dict())
     torch.testing.assert_close(O.attention_profiles(head, signal, xyz), found)
+    trained.model.layers[0].eval()  # a part that is frozen stays in its mode
+    before = [part.training for part in trained.modules()]
+    O.attention_profiles(trained, signal, xyz)
+    assert [part.training for part in trained.modules()] == before
+    with pytest.raises(ValueError):
+        O.attention_profiles(trained, signal, xyz, 5)
+    assert [part.training for part in trained.modules()] == before
 
 
 def test_one_sample_or_many_give_the_same_profiles():
@@ -255,21 +265,61 @@ def test_a_subject_is_never_on_both_sides():
             assert not set(who[train]) & set(who[test])
 
 
-def test_nothing_is_fitted_on_test_rows(monkeypatch):
-    "Every fit, standardising and components included, sees rows of training subjects alone."
-    from sklearn.decomposition import PCA
-    from sklearn.preprocessing import StandardScaler
+def watched(monkeypatch, x, *methods):
+    "Every call of these methods, in order: class, method, which rows of x it was given (-1: none as it stands there), targets."
+    number, calls = {row.tobytes(): i for i, row in enumerate(x)}, []
 
-    x, y, who = planted(40)
-    x[:, 0] = np.arange(40)  # names the row
-    seen = []
-    for kind in (StandardScaler, PCA):
-        fit = kind.fit
-        monkeypatch.setattr(
-            kind, "fit", lambda self, X, *a, _f=fit, **k: (seen.append(len(X)), _f(self, X, *a, **k))[1]
-        )
-    O.readout(x, y, who, pca=3)
-    assert seen and max(seen) <= 32  # 4 of 5 folds
+    def noted(owner, name, real):
+        def call(self, X, *rest, **more):
+            calls.append((owner, name, [number.get(np.array(row).tobytes(), -1) for row in X], *rest))
+            return real(self, X, *rest, **more)
+
+        return call
+
+    for owner, name in methods:
+        monkeypatch.setattr(owner, name, noted(owner, name, getattr(owner, name)))
+    return calls
+
+
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("kind", O.KINDS)
+def test_nothing_is_fitted_on_test_rows(kind, classes, monkeypatch):
+    "Scaler, components and predictor are fitted on one set of rows, and nobody in it is in the rows that are asked about next."
+    from sklearn import linear_model, neighbors, neural_network
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler as Standard
+
+    predictor = {
+        "ridge": (linear_model.Ridge, linear_model.RidgeClassifier),
+        "knn": (neighbors.KNeighborsRegressor, neighbors.KNeighborsClassifier),
+        "mlp": (neural_network.MLPRegressor, neural_network.MLPClassifier),
+    }[kind][classes]
+    (x, y, who), passes = planted(40, rows=2), []
+    target = np.where(y > 0, "a", "b") if classes else y
+    steps = [(Standard, "fit"), (Standard, "transform"), (PCA, "fit_transform"), (predictor, "fit")]
+    calls = watched(monkeypatch, x, *steps)
+    O.readout(x, target, who, kind, pca=3)
+    for owner, name, rows, *rest in calls:
+        if (owner, name) == (Standard, "fit"):  # comes first, and is given the rows as they are
+            passes.append({"taught": rows, "asked": None, "PCA": 0, "predictor": 0})
+        elif owner is Standard:
+            if rows != passes[-1]["taught"]:
+                passes[-1]["asked"] = rows
+        else:  # changed rows, as many as were taught, and with their targets
+            taught = passes[-1]["taught"]
+            assert len(rows) == len(taught)
+            passes[-1]["PCA" if owner is PCA else "predictor"] += 1
+            if owner is predictor:
+                given = y[taught]
+                expected = target[taught] if classes else (given - given.mean()) / given.std()
+                assert np.array_equal(rest[0], expected)
+    assert len(passes) == 5 * (3 + 1)  # three inner folds, then the outer one, five times
+    for i, each in enumerate(passes):
+        assert each["PCA"] == 1 <= each["predictor"] and -1 not in each["taught"] + each["asked"]
+        assert not set(who[each["taught"]]) & set(who[each["asked"]])
+        test = set(who[passes[i // 4 * 4 + 3]["asked"]])
+        assert not set(who[each["taught"]]) & test  # settings too are chosen without the test subjects
+    assert sorted(row for each in passes[3::4] for row in each["asked"]) == list(range(80))
 
 
 def test_rows_without_a_target_are_left_out():
@@ -289,10 +339,19 @@ def test_r2_is_not_clipped():
     assert found.score == pytest.approx(1 - ((y - found.predicted) ** 2).sum() / ((y - y.mean()) ** 2).sum())
 
 
-def test_order_of_rows_does_not_matter_and_calls_repeat():
-    x, y, who = planted()
-    a, b = O.readout(x, y, who), O.readout(x, y, who)
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("kind", O.KINDS)
+def test_order_of_rows_does_not_matter_and_calls_repeat(kind, classes):
+    "Whoever a row is about gets the same prediction, wherever in the table the row stands."
+    x, y, who = planted(rows=2)
+    y = np.where(y > 0.3, "patient", "control") if classes else y
+    order = np.random.default_rng(1).permutation(len(x))
+    a, b = (O.readout(x, y, who, kind) for _ in range(2))
     assert np.array_equal(a.predicted, b.predicted)
+    moved = O.readout(x[order], y[order], who[order], kind)
+    assert moved.chosen == a.chosen and np.array_equal(moved.groups, who[order])
+    same = np.array_equal if classes else lambda one, other: np.abs(one - other).max() < 1e-6
+    assert same(moved.predicted, a.predicted[order])
 
 
 def test_shuffled_targets_bring_nothing():
@@ -494,6 +553,148 @@ def test_a_saved_model_by_the_name_of_its_family(people, stores, tmp_path, capsy
     assert cli.main([str(x) for x in call]) == 0
     found = R.RunEmbeddings.load(tmp_path / "out" / "sub-sim-0001_ses-2_task-rest.npz")
     np.testing.assert_allclose(found.mean, expected.mean, atol=1e-6)
+
+
+def without(run, parcel, frames=slice(None), value=500.0):
+    "The run, with a parcel outside the field of view."
+    bold = run.bold.copy()
+    bold[frames, parcel] = value
+    return run.replace(bold=bold, allow_constant=1)
+
+
+@pytest.mark.parametrize("z", [False, True])
+def test_a_parcel_without_data_is_hidden_from_the_model(people, z):
+    model, name = fitted(people, z=z), Space.named("schaefer100").names[7]
+    found, other = (R.embed_run(model, without(people[0], 7, value=v), progress=False) for v in (0, 9e4))
+    assert np.array_equal(found.patch, other.patch)  # whatever stands in its place is not read
+    assert not np.allclose(found.patch, R.embed_run(model, people[0], progress=False).patch, atol=1e-3)
+    assert found.about["missing"] == [name]
+    assert found.about["notes"][-1].startswith(f"1 parcels without data ({name}; in 3 of 3 windows), hidden")
+    frames = R.read_frames(without(people[0], 7), model.input_spec).packed[32:64].astype(np.float32)
+    given = model.scaled({"signal": torch.from_numpy(frames)[None]})
+    with torch.no_grad():
+        hidden = model(**given, missing=torch.arange(100)[None] == 7).last_hidden_state
+    np.testing.assert_allclose(found.patch[1], hidden[0, 1:], atol=1e-4)
+    assert np.isfinite(found.mean).all()
+    one = R.embed_run(model, without(people[0], 7), 1, progress=False)
+    np.testing.assert_allclose(one.mean, found.mean, atol=1e-5)
+
+
+def test_what_moves_is_not_hidden_and_what_does_not_is_hidden_while_it_does_not(people):
+    model, run = fitted(people), people[0]
+    found, whole = (
+        R.embed_run(model, r, progress=False) for r in (without(run, 7, slice(32)), without(run, 7))
+    )
+    usual = R.embed_run(model, run, progress=False)
+    assert np.array_equal(found.patch[0], whole.patch[0])
+    np.testing.assert_allclose(found.patch[1:], usual.patch[1:], atol=1e-5)
+    assert "in 1 of 3 windows" in found.about["notes"][-1]
+    assert usual.about["missing"] == [] and not any("without data" in note for note in usual.about["notes"])
+    still = run.bold.copy()
+    still[32:64] = 500
+    for call in (lambda r: R.embed_run(model, r, progress=False), lambda r: O.run_profile(model, r)):
+        with pytest.raises(
+            ValueError, match=r"found 1 of 3 in which all are constant, the first from 44.8 s"
+        ):
+            call(run.replace(bold=still))
+
+
+def test_profiles_hide_a_parcel_without_data_and_say_so(people):
+    model, name = fitted(people), Space.named("schaefer100").names[7]
+    with pytest.warns(UserWarning, match=f"run_profile: .*1 parcels without data .{name}; in 3 of 3 windows"):
+        found = O.run_profile(model, without(people[0], 7), 0)
+    scaler = model.config.scaler
+    x = (without(people[0], 7).bold - np.float32(scaler["centre"])) / np.float32(scaler["scale"])
+    cut = torch.from_numpy(np.stack([x[s : s + 32].T for s in (0, 32, 48)])).float()
+    missing = (torch.arange(100) == 7).expand(3, -1)
+    expected = O.attention_profiles(model, cut, None, 0, missing=missing).mean(0)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.isfinite(found).all()
+
+
+def test_the_command_embeds_parcels_without_data_and_says_so(people, tmp_path, capsys):
+    fitted(people, BrainLMForPretraining).save_pretrained(tmp_path / "model")
+    runs = Records(Record.from_run(r) for r in (without(people[0], 7), people[1]))
+    write_store(runs, tmp_path / "store", scale="none", progress=False)
+    call = ["embed", str(tmp_path / "model"), str(tmp_path / "store"), "-o", str(tmp_path / "out")]
+    for state in ("done", "kept"):
+        assert cli.main(call) == 0
+        said = capsys.readouterr().out
+        assert f"2 {state}" in said and said.count("1 parcels without data, hidden from the model") == 1
+    assert cli.main([*call, "--json"]) == 0
+    assert [row["missing"] for row in json.loads(capsys.readouterr().out)["runs"]] == [1, 0]
+    assert pd.read_csv(tmp_path / "out" / "report.csv").missing.tolist() == [1, 0]
+    call = ["forecast", *call[1:3], "-o", str(tmp_path / "next.npz"), "--key", "sub-sim-0001_ses-1_task-rest"]
+    assert cli.main(call) == 0 and "note: 1 parcels without data" in capsys.readouterr().out
+
+
+def test_the_models_of_2024_know_no_missing_parcel(people):
+    scaler = Scaler.fit(Records(map(Record.from_run, people)), "robust", subjects="all")
+    sizes = SMALL | dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_intermediate_size=32)
+    model = BrainLMMAE(BrainLMMAEConfig.for_data("schaefer100", 1.4, scaler, **sizes)).eval()
+    assert len(R.embed_run(model, people[0], progress=False)) == 3
+    with pytest.raises(ValueError, match="no published BrainLM knows a missing parcel"):
+        R.embed_run(model, without(people[0], 7), progress=False)
+
+
+@pytest.mark.parametrize(
+    "model_type, family",
+    [
+        ("brainlm", "brainlm"),
+        ("brainlm_mae", "brainlm-2024"),
+        ("brainlm_vitmae", "brainlm-2024"),
+        (None, "mae"),
+    ],
+)
+def test_the_folder_tells_the_family(model_type, family, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type} if model_type else {}))
+    assert R.family_of(tmp_path) == family
+    assert R.family_of(tmp_path, "brainlm-2024") == "brainlm-2024"  # told is told
+    if model_type:
+        with pytest.raises(ValueError, match=f"expected family={family}.*model_type '{model_type}'.*'mae'"):
+            R.family_of(tmp_path, "mae")
+    for text in ("[]", "{"):
+        (tmp_path / "config.json").write_text(text)
+        assert R.family_of(tmp_path) == "mae"
+    assert R.family_of("some/name") == "mae"
+
+
+def test_the_command_finds_the_family_by_itself(people, stores, tmp_path, capsys):
+    model = fitted(people, BrainLMForPretraining)
+    model.save_pretrained(tmp_path / "model")
+    call = ["embed", str(tmp_path / "model"), str(stores / "none"), "-o", str(tmp_path / "out")]
+    assert cli.main(call) == 0
+    found = R.RunEmbeddings.load(tmp_path / "out" / "sub-sim-0001_ses-2_task-rest.npz")
+    np.testing.assert_allclose(found.mean, R.embed_run(model, people[1], progress=False).mean, atol=1e-6)
+    capsys.readouterr()
+    assert cli.main([*call, "--family", "mae"]) == 2
+    assert "expected --family brainlm" in capsys.readouterr().err
+
+
+def test_the_command_reconstructs_by_a_brainlm(people, tmp_path, capsys):
+    model, run = fitted(people, BrainLMForPretraining), without(people[0], 7)
+    model.save_pretrained(tmp_path / "model")
+    write_store(Records([Record.from_run(run)]), tmp_path / "store", scale="none", progress=False)
+    call = ["reconstruct", str(tmp_path / "model"), str(tmp_path / "store"), "-o", str(tmp_path / "r.npz")]
+    for wrong in (["--masking", "tube"], ["--denoise", "4"]):
+        assert cli.main([*call, *wrong]) == 2
+        assert f"found {wrong[0]}: only for the family mae" in capsys.readouterr().err
+    assert not (tmp_path / "r.npz").exists()
+    assert cli.main([*call, "--ratio", ".25", "--seed", "3", "--stride", "16", "--batch-size", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "80 frames of 100 parcels" in said and "note: 1 parcels without data" in said
+    made = RecordingReconstruction.load(tmp_path / "r.npz")
+    own = reconstruct_recording(model, run, 0.25, seed=3, stride=16, progress=False)
+    np.testing.assert_allclose(made.prediction, own.prediction, atol=1e-5)
+    assert made.about["ratio"] == 0.25 and np.isnan(made.prediction[:, 7]).all()
+    assert cli.main(call) == 2 and "--overwrite" in capsys.readouterr().err
+    assert cli.main([*call, "--overwrite", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ratio"] == 0.5 and told["missing"] == own.about["missing"] and told["parcels"] == 100
+    assert cli.main([*call, "--overwrite", "--family", "brainlm-2024"]) == 2
+    assert "mae or brainlm, found one of brainlm-2024" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="found BrainLMForPretraining .*forecasting.reconstruct_recording"):
+        R.reconstruct_run(model, run, progress=False)
 
 
 def test_recordings_that_do_not_fit_are_refused(people):

@@ -228,6 +228,16 @@ def test_batch_size_changes_nothing(people, run):
         assert np.allclose(one.mean, one.patch.mean(1), atol=1e-6)
 
 
+def test_models_that_know_no_missing_columns_are_told_of_none(people):
+    bold = people[0].bold.copy()
+    bold[:, 7] = 0
+    run = people[0].replace(bold=bold, allow_constant=1)
+    made = R.embed_run(model := Echo(parcels_spec()), run, **QUIET)
+    assert all("missing" not in batch for batch in model.batches) and made.about["missing"] == []
+    assert not any("without data" in note for note in made.about["notes"])
+    assert np.isfinite(R.embed_run(small_mae(parcels_spec()), run, **QUIET).mean).all()
+
+
 def test_the_model_keeps_its_mode_and_gets_no_gradient(people):
     model = small_mae(parcels_spec(), drop_path_rate=0.5).train()
     model.decoder.eval()
