@@ -241,7 +241,11 @@ def _finetune_parser(parser: argparse.ArgumentParser):
 # %% ../nbs/A2_command_line.ipynb #40d2aa49
 def _of_model(add):
     "What the commands that run a model on recordings share."
-    add("--family", default="mae", metavar="NAME", help="the model's family: fmri_book.recordings.FAMILIES")
+    add(
+        "--family",
+        metavar="NAME",
+        help="mae, brainlm or brainlm-2024, where the model's config.json does not tell",
+    )
     add("--input", type=Path, metavar="FILE", help="input.json, for weights that came without one")
     add("--pattern", metavar="GLOB", help="of folders: only files whose name or path matches")
     add("--carry", action="store_true", help="bring other meshes and atlases over by position, approximately")
@@ -297,13 +301,17 @@ def _reconstruct_command(command):
     add("--key", help="which recording of a store or a folder")
     add(
         "--masking",
-        default="tube",
         choices=("tube", "random", "block"),
-        help="which patches are hidden together",
+        help="mae: which patches are hidden together (tube if left out)",
     )
-    add("--ratio", type=float, default=0.9, help="share of the patches that is hidden")
+    add("--ratio", type=float, help="share of the patches that is hidden (if left out: mae 0.9, brainlm 0.5)")
     add("--seed", type=int, default=0, help="of the masks")
-    add("--denoise", type=int, metavar="N", help="mean and SD over N masks, instead of one reconstruction")
+    add(
+        "--denoise",
+        type=int,
+        metavar="N",
+        help="mae: mean and SD over N masks, instead of one reconstruction",
+    )
     _of_model(add)
     _reading(rebuild)
 
@@ -372,13 +380,20 @@ def _folder(path: Path, asked) -> dict:
     return dict(path=str(path), what=what, recordings=counts, subjects=subjects, problems=problems)
 
 # %% ../nbs/A2_command_line.ipynb #6041df3d
+def _kind(layout) -> str:
+    return layout.sites.kind if layout.sites is not None else layout.space
+
+
 def _grid(layout) -> tuple | None:
     return layout.sites.shape if layout.sites is not None else None
 
 
 _FITS = {
     "flat-map MAE": ("flat maps", lambda layout: layout.space == "flat"),
-    "BrainLM": ("424 regions (A424)", lambda layout: layout.n_sites == 424),
+    "BrainLM": (
+        "parcels (for the published weights 424, of A424)",
+        lambda layout: _kind(layout) == "parcels",
+    ),
     "BrainMT": ("volumes of 91 × 109 × 91 voxels", lambda layout: _grid(layout) == (91, 109, 91)),
     "fMRI-LM": ("450 regions (Schaefer-400 + Tian-S3)", lambda layout: layout.n_sites == 450),
 }
@@ -580,7 +595,7 @@ def _model_of(asked, predicts: bool) -> tuple[Any, dict[str, Any]]:
     from fmri_book.mae import InputSpec
     from fmri_book.recordings import load_model
 
-    model = load_model(asked.model, asked.family, predicts)
+    model = load_model(asked.model, asked.family, predicts)  # without --family: what config.json tells
     told = dict(
         device=asked.device or ("cuda" if torch.cuda.is_available() else None), options=_options(asked)
     )
@@ -607,21 +622,58 @@ def _embed(asked) -> int:
 
 # %% ../nbs/A2_command_line.ipynb #e6af671a
 def _reconstruct(asked) -> int:
-    from fmri_book.recordings import check_ending, denoise_run, reconstruct_run
+    from fmri_book.recordings import check_ending, family_of
 
     check_ending(asked.out)
     if asked.out.exists() and not asked.overwrite:
         raise FileExistsError(f"expected a new file, found {asked.out}; pass overwrite=True to replace it")
+    ways = {"mae": _rebuilt, "brainlm": _rebuilt_by_brainlm}
+    if (family := family_of(asked.model, asked.family)) not in ways:
+        raise ValueError(
+            f"{asked.model}: expected a model of the family {' or '.join(ways)}, found one of {family}: "
+            "in Python, brainlm_2024.reconstruct does it for signals that are scaled"
+        )
+    made, facts = ways[family](asked)
+    made.save(asked.out)
+    if asked.json:
+        _print_json(facts | {"out": str(asked.out), "notes": made.about["notes"]})
+    else:
+        _print_made(asked.out, made)
+    return 0
+
+
+def _print_made(out: Path, made: Any):
+    print(f"{out}: {made}", *(f"  note: {note}" for note in made.about["notes"]), sep="\n")
+
+# %% ../nbs/A2_command_line.ipynb #0d5b72fc
+def _rebuilt(asked) -> tuple[Any, dict[str, Any]]:
+    "By a masked autoencoder: the result, and what to say of it."
+    from fmri_book.recordings import denoise_run, reconstruct_run
+
     model, told = _model_of(asked, predicts=True)
-    told |= dict(mask=asked.masking) | {k: getattr(asked, k) for k in ("key", "ratio", "seed")}
+    told |= dict(mask=asked.masking or "tube", ratio=0.9 if asked.ratio is None else asked.ratio)
+    told |= dict(key=asked.key, seed=asked.seed)
     if asked.denoise is None:
         made = reconstruct_run(model, asked.file, **told)
     else:
         made = denoise_run(model, asked.file, asked.denoise, **told)
-    made.save(asked.out)
-    facts = made.summary()
-    _print_json(facts | {"out": str(asked.out)}) if asked.json else print(f"{asked.out}: {made}")
-    return 0
+    return made, made.summary()
+
+
+def _rebuilt_by_brainlm(asked) -> tuple[Any, dict[str, Any]]:
+    "By a BrainLM, which hides stretches of time of every parcel until each of them was predicted."
+    from fmri_book.forecasting import reconstruct_recording
+
+    if wrong := [f"--{name}" for name in ("masking", "denoise") if getattr(asked, name) is not None]:
+        raise ValueError(
+            f"expected --ratio and --seed for a BrainLM, found {' and '.join(wrong)}: only for the family mae"
+        )
+    model, told = _model_of(asked, predicts=True)
+    told |= dict(key=asked.key, seed=asked.seed, ratio=0.5 if asked.ratio is None else asked.ratio)
+    made = reconstruct_recording(model, asked.file, **told)
+    frames, parcels = made.prediction.shape
+    facts = {name: made.about[name] for name in ("key", "ratio", "seed", "missing")}
+    return made, facts | dict(frames=frames, parcels=parcels, r2=made.total_r2)
 
 # %% ../nbs/A2_command_line.ipynb #d7b3f596
 def _forecast(asked) -> int:
@@ -636,7 +688,7 @@ def _forecast(asked) -> int:
     made.save(asked.out)
     facts = dict(out=str(asked.out), frames=len(made.seconds), parcels=made.prediction.shape[1])
     facts |= {"from": float(made.seconds[0]), "to": float(made.seconds[-1]), "notes": made.about["notes"]}
-    _print_json(facts) if asked.json else print(f"{asked.out}: {made}")
+    _print_json(facts) if asked.json else _print_made(asked.out, made)
     return 0
 
 # %% ../nbs/A2_command_line.ipynb #cc734f64
@@ -716,6 +768,7 @@ _IN_THE_SHELL = {
     "pass overwrite=True": "pass --overwrite",
     "Pass spec=…, an InputSpec": "Give --input FILE, an input.json",
     "normalise='z'": "--normalise z",
+    "expected family=": "expected --family ",
     "allow_changes=True": "--allow-changes",
     "a smaller batch_size": "a smaller --batch-size",
 }  # what a message of the library calls an argument

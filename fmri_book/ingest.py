@@ -2523,21 +2523,27 @@ def _form(model: str, source: Source, space: str, columns: int) -> tuple[str, st
             if source.kind != "volume"
             else "native voxels do not line up between people",
         )
-    return _parcel_form(model, source, in_mni, columns)
+    return _parcel_form(model, source, space, in_mni, columns)
 
 # %% ../nbs/01c_ingest.ipynb #02bfd36e
-def _parcel_form(model: str, source: Source, in_mni: bool, columns: int) -> tuple[str, str, str]:
-    "The two models that read parcels of the whole brain."
+def _parcel_form(model: str, source: Source, space: str, in_mni: bool, columns: int) -> tuple[str, str, str]:
+    "The two models that read parcels: BrainLM those of any atlas (its published weights those of A424), fMRI-LM its own."
     n, atlas = (424, "A424") if model == "BrainLM" else (450, "Schaefer-400 + Tian-S3")
     if source.kind == "parcels":
         if columns == n:
             return "yes", f"--to parcels --atlas {atlas}", f"{n} columns; check their order"
+        if model == "BrainLM":
+            option = f"--to {space or 'parcels --atlas FILE'}"
+            return "yes", option, f"{columns} columns will do; the published weights need {n} ({atlas})"
         return "no", "", f"{columns} columns; {n} regions ({atlas}) are needed, and parcels cannot be divided"
     if source.kind == "volume" and not in_mni:
         return "no", "", f"{atlas} is in MNI152; normalise first"
     if in_mni or (source.kind == "grayordinates" and columns > 64984):
         ending = ".nii.gz" if in_mni else ".dlabel.nii"
         return "with option", f"--to parcels --atlas {atlas}{ending}", f"means over {n} regions"
+    if model == "BrainLM":
+        why = f"means over regions; the published weights need {atlas}, with subcortex"
+        return "with option", "--to schaefer400", why
     return "no", "", f"{atlas} has subcortical regions; a surface holds the cortex only"
 
 # %% ../nbs/01c_ingest.ipynb #0af3d0d1

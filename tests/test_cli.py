@@ -14,6 +14,7 @@ import pytest
 
 from fmri_book import cli
 from fmri_book.cohort import Cohort
+from fmri_book.data import package_file
 from fmri_book.prepare import partial_folder, write_simulated_bids
 from fmri_book.storage import Store, verify
 
@@ -167,9 +168,9 @@ def test_prepare_verify_inspect_convert(prepared, tmp_path, run):
     status, out, _ = run("inspect", prepared, "--json")
     told = json.loads(out)[0]
     assert status == 0 and told["runs"] == 4 and told["space"] == "schaefer100" and told["manifest"] is True
-    assert {m["model"]: m["works"] for m in told["models"]} == dict.fromkeys(
-        ("flat-map MAE", "BrainLM", "BrainMT", "fMRI-LM"), "no"
-    )
+    works = {m["model"]: m["works"] for m in told["models"]}
+    assert works == {"flat-map MAE": "no", "BrainLM": "yes", "BrainMT": "no", "fMRI-LM": "no"}
+    assert "published weights 424" in next(m["reason"] for m in told["models"] if m["model"] == "BrainLM")
     assert run("convert", prepared, tmp_path / "h5", "--format", "h5")[0] == 0
     assert run("convert", tmp_path / "h5", tmp_path / "store", "--format", "store")[0] == 0
     np.testing.assert_allclose(
@@ -177,6 +178,31 @@ def test_prepare_verify_inspect_convert(prepared, tmp_path, run):
     )
     status, _, err = run("convert", prepared, tmp_path / "h5", "--format", "h5")
     assert status == 2 and "overwrite" in err
+
+
+@pytest.mark.parametrize(
+    "columns, option, reason",
+    [
+        (100, "--to schaefer100", "published weights need 424 (A424)"),
+        (333, "--to parcels --atlas FILE", "published weights need 424 (A424)"),
+        (424, "--to parcels --atlas A424", "424 columns; check their order"),
+    ],
+)
+def test_a_brainlm_takes_any_number_of_parcels(columns, option, reason, tmp_path, run):
+    path = tmp_path / "sub-1_task-rest_bold.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(220, columns)).astype(np.float32))
+    _, out, _ = run("inspect", path, "--source-tr", "1.4", "--json")
+    told = {m["model"]: m for m in json.loads(out)[0]["models"]}
+    assert told["BrainLM"]["works"] == "yes" and told["BrainLM"]["option"] == option
+    assert reason in told["BrainLM"]["reason"] and told["fMRI-LM"]["works"] == "no"
+
+
+def test_a_brainlm_takes_the_parcels_of_a_surface(run):
+    path = min(package_file("brainspace", "datasets", "preprocessing").glob("*.mgz"))
+    _, out, _ = run("inspect", path, "--source-tr", "1.4", "--json")
+    told = next(m for m in json.loads(out)[0]["models"] if m["model"] == "BrainLM")
+    assert (told["works"], told["option"]) == ("with option", "--to schaefer400")
+    assert "the published weights need A424" in told["reason"]
 
 
 def test_convert_asks_in_the_words_of_the_shell(tmp_path, run):
