@@ -1,5 +1,5 @@
-"""Chapter 4's small training with several seeds, with and without the original's switches: runs the chapter's own code
-up to the training, then repeats it.
+"""Chapter 4's small training with several seeds, with and without the original's switches, each alone and both: runs the
+chapter's own code up to the training, then repeats it.
 
     python benchmarks/brainlm_ci_seeds.py --seeds 3 --table results/brainlm_ci_seeds.csv
 
@@ -44,7 +44,6 @@ def write(path: Path, rows: list[dict], same: dict) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--original", type=int, default=1, help="how many of them with the original's switches")
     parser.add_argument("--table", type=Path)
     asked = parser.parse_args()
     names = run_chapter("model, curve = train(config")
@@ -64,9 +63,17 @@ def main():
         "date": str(datetime.date.today()),
         "command": "python " + " ".join([f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
     }
-    original = names["BrainLMConfig"](**names["config"].to_dict() | dict(legacy_mask=True, open_cls=True))
-    plan = [("BrainLM", names["config"], seed) for seed in range(asked.seeds)]
-    plan[1:1] = [("BrainLM, original's switches", original, seed) for seed in range(asked.original)]
+    switches = {
+        "BrainLM": {},
+        "original's switches": dict(legacy_mask=True, open_cls=True),
+        "legacy_mask alone": dict(legacy_mask=True),
+        "open_cls alone": dict(open_cls=True),
+    }
+    plan = [
+        (name, names["BrainLMConfig"](**names["config"].to_dict() | switch), seed)
+        for seed in range(asked.seeds)
+        for name, switch in switches.items()
+    ]
     for name, config, seed in plan:
         model, _ = names["train"](config, seed=seed)
         for what, errors in names["scores"](model, exam).items():

@@ -209,6 +209,7 @@ def _data_section(preset: str) -> dict[str, Any]:
         "column": None,  # Arrow: the column with the recordings
         "cache": None,  # where made or converted data is kept; null: the folder of the run
         "split": None,  # JSON of `splits.Split`: train for training, validation for evaluation
+        "test": False,  # true: the split's part test is evaluated too; when nothing will be changed any more
         "held_out": 0.2,  # without a split: share of the people that only evaluate
         "evaluate": {},  # more sets: name -> a store or shards
         "zscore": None,  # each parcel over its run: true: see to it; null: as the recordings are
@@ -219,6 +220,9 @@ def _data_section(preset: str) -> dict[str, Any]:
     }
 
 # %% ../nbs/04b_brainlm_training.ipynb #464a3eaf
+_USED = ("train", "held out", "test")  # parts of the recordings; every other one says why it is not used
+
+
 class _OfParcels(Recipe):
     "What both recipes share: recordings of parcels, who trains, who evaluates, the scaling."
 
@@ -291,6 +295,10 @@ def _check_options(self: _OfParcels) -> None:
     data = self.config.data
     if data.bad_parcels not in ("refuse", "missing"):
         raise ValueError(f"brainlm: expected data.bad_parcels refuse or missing, found {data.bad_parcels!r}")
+    if data.test and data.split is None:
+        raise ValueError(
+            "brainlm: expected data.split, whose part test is to be evaluated (data.test=true), found none"
+        )
     if not 0 <= data.held_out < 1:
         raise ValueError(f"brainlm: expected data.held_out from 0, below 1, found {data.held_out}")
     if data.windows is not None and data.windows < 1:
@@ -343,7 +351,11 @@ def _open(self: _OfParcels) -> None:
             f"brainlm: expected parcels, found {self.source.layout.space}; fmri-book prepare SRC OUT --to schaefer400 makes them"
         )
     self.places = self._places()
-    self.part = self._parts()
+    lengths, need = self.source.index["frames"].tolist(), self._frames
+    self.part = [
+        f"not used: {n} frames, fewer than a window of {need}" if n < need and p in _USED else p
+        for n, p in zip(lengths, self._parts())
+    ]
     self.ours = sorted({s for s, p in zip(self.source.index["subject"], self.part) if p == "train"})
 
 
@@ -378,7 +390,7 @@ def _parts(self: _OfParcels) -> list[str]:
     data, index = self.config.data, self.source.index
     if data.split is not None:
         split = Split.load(data.split)
-        names = {"train": "train", "validation": "held out"}
+        names = {"train": "train", "validation": "held out"} | ({"test": "test"} if data.test else {})
         told = {s: p for p in split.parts for s in split.subjects(p)}
         return [
             names.get(p, f"not used: in the part '{p}' of the split")
@@ -450,7 +462,8 @@ def _look(self: _OfParcels) -> dict[str, Any]:
 @patch
 def _scaler(self: _OfParcels, found: Survey) -> Scaler:
     "Median and interquartile range of each parcel over the training people."
-    good = [i for i, key in enumerate(self.source.index["key"]) if key not in found.bad]
+    keys = self.source.index["key"]
+    good = [i for i, p in enumerate(self.part) if p == "train" and keys.iloc[i] not in found.bad]
     return Scaler.fit(_Rows(self.source, good), "robust", subjects=self.ours)
 
 
@@ -485,14 +498,11 @@ def _tell(self: _OfParcels, facts: Mapping[str, Any]) -> None:
     "recordings.csv: everybody, the part they are in, and what is wrong with them."
     import csv
 
-    index, need = self.source.index, self._frames
+    index = self.source.index
     path = Path(self.config.out) / "recordings.csv"
-    rows, short = [], 0
+    rows, short = [], sum("fewer than a window" in p for p in self.part)
     for key, subject, frames, part in zip(index["key"], index["subject"], index["frames"], self.part):
-        few = part in ("train", "held out") and frames < need
-        short += few
-        state = f"not used: {frames} frames, fewer than a window of {need}" if few else part
-        rows.append((key, subject, state, int(frames), len(facts["bad"].get(key, ()))))
+        rows.append((key, subject, part, int(frames), len(facts["bad"].get(key, ()))))
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([("key", "subject", "part", "frames", "parcels_without_data"), *rows])
     if short or facts["bad"]:
@@ -511,12 +521,14 @@ def _ready(self: _OfParcels, device: torch.device) -> dict[str, Any]:  # facts o
     self._open()
     facts = json.loads(self._facts_file().read_text())
     self.bad = {"": facts["bad"]}  # of each further set below: recordings of two sets may have one name
-    rows = {p: [i for i, q in enumerate(self.part) if q == p] for p in ("train", "held out")}
+    rows = {p: [i for i, q in enumerate(self.part) if q == p] for p in _USED}
     rule = dict(frames=frames, tr=self._tr(rows["train"]))
     random = dict(mode=data.mode, seed=self.config.seed, oversample=data.oversample)
     self.training = ClipDataset(self.source, **rule, **random, runs=rows["train"])
     self.clips = {
-        p: Evenly(self.source, rows[p], data.windows, **rule) for p in ("held out", "train") if rows[p]
+        p: Evenly(self.source, rows[p], data.windows, **rule)
+        for p in ("held out", "train", "test")
+        if rows[p]
     }
     for name, path in data.evaluate.items():
         self.clips[name] = self._another(name, path, rule)
@@ -559,6 +571,12 @@ def _another(self: _OfParcels, name: str, path: str, rule: dict) -> Any:
             f"{', '.join(list(found.bad)[:5])}; data.bad_parcels=missing hides these parcels"
         )
     self.bad[name] = found.bad
+    if both := sorted(set(self.ours) & set(source.index["subject"])):
+        warnings.warn(
+            f"brainlm: {name}: {len(both)} people have names of training people ({', '.join(both[:5])}); "
+            "if they are the same, this set says nothing about new people",
+            stacklevel=2,
+        )
     return Evenly(source, range(len(source)), self.config.data.windows, name=name, **rule)
 
 # %% ../nbs/04b_brainlm_training.ipynb #4a9f8e35
@@ -614,10 +632,12 @@ class Masked(Dataset):
         return self.clips.__getitems__(indices) | {"mask_kind": self.kind}
 
 # %% ../nbs/04b_brainlm_training.ipynb #115e6f24
-_CI = {"steps": PRESETS["ci"].steps, "batch_size": PRESETS["ci"].batch_size, "lr": PRESETS["ci"].lr}
-_CI |= {"optimizer": "muon", "muon_lr": PRESETS["ci"].muon_lr, "betas": [0.9, 0.98], "weight_decay": 0.05}
-_CI |= {"eval_every": 300, "eval_clips": 64, "warmup": 0.1}
-_GPU = {"precision": "bf16", "workers": 8, "eval_every": 500, "eval_clips": 1024}
+_MUON = {"optimizer": "muon", "betas": [0.9, 0.98], "weight_decay": 0.05, "warmup": 0.1}
+_SIZES = {
+    "ci": _MUON | {"eval_every": 300, "eval_clips": 64},
+    "gpu": _MUON | {"precision": "bf16", "workers": 8, "eval_every": 500, "eval_clips": 1024},
+    "paper": {"precision": "bf16", "workers": 8, "eval_every": 500, "eval_clips": 1024, "accumulate": 8},
+}
 
 
 def _options(preset: str) -> dict[str, Any]:
@@ -625,12 +645,8 @@ def _options(preset: str) -> dict[str, Any]:
     if preset not in PRESETS:
         raise ValueError(f"brainlm: expected a preset from {', '.join(PRESETS)}, found {preset!r}")
     size = PRESETS[preset]
-    fixed = {"steps": size.steps, "batch_size": size.batch_size, "lr": size.lr}
-    return (
-        _CI
-        if preset == "ci"
-        else _GPU | fixed | ({"batch_size": 64, "accumulate": 8} if preset == "paper" else {})
-    )
+    batch = size.batch_size // _SIZES[preset].get("accumulate", 1)  # of each micro-batch
+    return _SIZES[preset] | {"steps": size.steps, "batch_size": batch, "lr": size.lr, "muon_lr": size.muon_lr}
 
 # %% ../nbs/04b_brainlm_training.ipynb #84fd985e
 @recipe("brainlm")
@@ -1083,9 +1099,7 @@ def _parts(self: FinetuneRecipe) -> list[str]:
     "As in pretraining; a recording without any target is in no part."
     parts, index = _OfParcels._parts(self), self.source.index
     metas, keys = self._metas(self.source) if self.config.target.table is None else [], index["key"].tolist()
-    used = [
-        i for i, p in enumerate(parts) if p in ("train", "held out")
-    ]  # a class of the others is none here
+    used = [i for i, p in enumerate(parts) if p in _USED]  # a class that only others have is none here
     self.targets = self._labelled(index.iloc[used], [metas[i] for i in used if metas])
     known = [i for i in used if not np.isnan(self.targets.values[keys[i]]).all()]
     if not any(parts[i] == "train" for i in known):

@@ -614,6 +614,7 @@ def other_place(record):
         record.values[:, 9] = 5.0
 
 
+@pytest.mark.filterwarnings("ignore:.*names of training people")
 def test_sets_with_the_same_names_do_not_mix(tmp_path, finetune, store):
     write_store(recordings(seed=1, change=other_place), tmp_path / "there", progress=False)
     there = {"data": {"evaluate": {"there": str(tmp_path / "there")}, "bad_parcels": "missing"}}
@@ -633,6 +634,7 @@ def test_sets_with_the_same_names_do_not_mix(tmp_path, finetune, store):
     assert by_set["held out"]["mae/age"] == alone.evaluations[0]["mae/age"]
 
 
+@pytest.mark.filterwarnings("ignore:.*names of training people")
 def test_a_further_set_needs_no_targets(tmp_path, finetune):
     def nameless(record):
         record.meta.pop("phenotypes")
@@ -643,6 +645,7 @@ def test_a_further_set_needs_no_targets(tmp_path, finetune):
     assert len(table) == 12 and table.truth.isna().all() and table.model.notna().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*names of training people")
 def test_one_tr_in_all_sets(tmp_path, pretrain, finetune):
     def slow(record):
         record.tr = 1.0
@@ -714,6 +717,42 @@ def test_a_class_that_only_unused_people_have_is_none(tmp_path, finetune):
     target = {"table": str(tmp_path / "people.csv"), "columns": ["kind"], "kind": "classification"}
     recipe = ready(finetune("kinds", {"target": target, "data": {"split": str(tmp_path / "split.json")}}))
     assert recipe.targets.classes == ["A", "B"] and "sub-03_ses-1_task-rest" not in recipe.targets.values
+
+
+def test_the_part_test_is_evaluated_when_asked(tmp_path, pretrain, finetune):
+    parts = {"train": ("00", "02", "03"), "validation": ("04",), "test": ("05",)}
+    Split(parts, ("subject",), {"train": 1.0}, 0, "x").save(tmp_path / "split.json")
+    split = {"data": {"split": str(tmp_path / "split.json")}}
+    for make, name in ((pretrain, "one"), (finetune, "two")):
+        without = T.train(make(f"{name}-without", split))
+        asked = T.train(make(f"{name}-asked", split, {"data": {"test": True}}))
+        assert not [e for e in without.evaluations if "test" in e["set"]]
+        assert [e["set"] for e in asked.evaluations if e["set"].startswith("test")]
+        assert same(without.model.state_dict(), asked.model.state_dict())
+    table = pd.read_csv(tmp_path / "two-asked" / "predictions" / "test.csv", dtype=str)
+    assert set(table.subject) == {"05"} and table.model.notna().all()
+    with pytest.raises(ValueError, match="expected data.split, whose part test"):
+        T.train(pretrain("none", {"data": {"test": True}}))
+
+
+def test_runs_shorter_than_a_window_count_nowhere(tmp_path, finetune):
+    def short(record):
+        if record.subject == "00" and record.session == "1":
+            record.values = 1000 * record.values[:10]
+            record.meta["phenotypes"] |= {"age": 90.0}
+
+    write_store(recordings(change=short), tmp_path / "short", progress=False)
+    scratch = {"model": {"pretrained": None} | TINY, "data": {"train": str(tmp_path / "short")}}
+    with pytest.warns(UserWarning, match="1 recordings are shorter"):
+        recipe = ready(finetune("short", scratch))
+    assert recipe.model.config.target_centre == [pytest.approx(np.mean([20, 34, 34, 41, 41]))]
+    assert max(recipe.model.config.scaler["centre"]) < 200
+    assert recipe.part[0] == "not used: 10 frames, fewer than a window of 16"
+
+
+def test_people_who_may_be_known_are_named(tmp_path, store, finetune):
+    with pytest.warns(UserWarning, match=r"here: 3 people have names of training people \(00, 02, 03\)"):
+        ready(finetune("run", {"data": {"evaluate": {"here": str(store)}}}))
 
 
 @pytest.mark.parametrize(
