@@ -72,8 +72,9 @@ def interval(hits: np.ndarray, people: np.ndarray, n: int = 2000) -> tuple[float
 
 @torch.inference_mode()
 def embeddings(model: BrainLMForPretraining, store: Store) -> dict[str, np.ndarray]:
-    "Of each session: class token and mean of the others, over windows that cover it; the same centred over the sessions."
-    cls, mean, frames = [], [], model.config.num_timepoints_per_voxel
+    """Of each session: class token and mean of the others, over windows that cover it; the same centred over the sessions; and
+    how the tokens of one parcel vary with those of another, a connectivity of tokens instead of signals."""
+    cls, mean, together, frames = [], [], [], model.config.num_timepoints_per_voxel
     for record in store:
         starts = np.linspace(0, record.n_frames - frames, -(-record.n_frames // frames)).round().astype(int)
         signal = torch.from_numpy(
@@ -82,11 +83,16 @@ def embeddings(model: BrainLMForPretraining, store: Store) -> dict[str, np.ndarr
         found = model.embed({"signal": signal})
         cls.append(found.cls.mean((0, 1)).numpy())
         # one mean for each parcel: the mean over all parcels would forget where
-        mean.append(found.patch.unflatten(1, (-1, signal.shape[2])).mean((0, 1)).flatten().numpy())
+        tokens = found.patch.unflatten(1, (-1, signal.shape[2])).flatten(0, 1)  # (blocks of all windows, parcels, width)
+        mean.append(tokens.mean(0).flatten().numpy())
+        moves = (tokens - tokens.mean(0)).transpose(0, 1).flatten(1)
+        r = torch.corrcoef(moves).numpy()[np.triu_indices(len(moves), 1)]
+        together.append(np.arctanh(np.clip(r, -0.999999, 0.999999)))
     per_parcel = np.stack(mean)
     mean = per_parcel.reshape(len(per_parcel), signal.shape[2], -1).mean(1)
     found = {"CLS": np.stack(cls), "mean of tokens": mean, "tokens, parcel by parcel": per_parcel}
-    return {f"{k}{c}": x - x.mean(0) * (c != "") for k, x in found.items() for c in ("", ", centred")}
+    found = {f"{k}{c}": x - x.mean(0) * (c != "") for k, x in found.items() for c in ("", ", centred")}
+    return found | {"connectivity of tokens": np.stack(together)}
 
 
 @torch.inference_mode()

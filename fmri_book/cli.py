@@ -727,7 +727,7 @@ def _train(asked, told: dict[str, Any] | None = None) -> int:
         _print_json(facts)
     elif speaks:
         best = (
-            f"; best of {made.best['set']}: {made.best['loss']:.4f} at step {made.best['step']}"
+            f"; lowest loss of {made.best['set']}: {made.best['loss']:.4f} at step {made.best['step']}"
             if made.best
             else ""
         )

@@ -140,15 +140,15 @@ def show(
 
 # %% ../nbs/00_figures.ipynb #214c823d
 def _smaller(png: bytes, limit: int = 400_000) -> bytes:
-    "A large PNG with its colours reduced to the 256 that fit it best: pages stay light."
+    "A large PNG with its colours reduced to 256 that cover all of its range, also rare ones: pages stay light."
     from PIL import Image
 
     if len(png) <= limit:
         return png
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        buffer, "PNG", optimize=True
-    )
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(
+        256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    ).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
