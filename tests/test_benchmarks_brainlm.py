@@ -2,10 +2,13 @@
 
 import importlib
 import math
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -306,3 +309,36 @@ def test_gpu_benchmark_goes_through_on_a_processor_and_says_when_there_is_no_gpu
         monkeypatch.setattr(sys, "argv", ["brainlm_gpu.py", "--table", str(tmp_path / "none.csv")])
         assert gpu.main() == [] and not (tmp_path / "none.csv").exists()
         assert "nothing measured" in capsys.readouterr().out
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the real sessions, which are no part of this repository")
+def test_real_sessions_from_the_file_to_the_table(tmp_path):
+    "A part of them, two steps of each training: people are kept apart, and everything that is promised is in the table."
+    with np.load(SHARED / "tbi_ds000220" / "tbi_schaefer1000_60sessions.npz") as file:
+        some = {k: file[k][:40] for k in sorted(file.files) if k.split("_")[0][-2:] in ("01", "02", "03", "04")}
+    np.savez(tmp_path / "some.npz", **some)
+    centroids = SHARED / "atlases" / "Schaefer2018_1000Parcels_7Networks_order_FSLMNI152_2mm.Centroid_RAS.csv"
+    script = Path(__file__).parents[1] / "benchmarks" / "brainlm_tbi.py"
+    asked = dict(data=tmp_path / "some.npz", coordinates=centroids, seeds=0, steps=2, tuned=2, work=tmp_path / "work")
+    asked |= {"table": tmp_path / "table.csv"}
+    command = [sys.executable, str(script), *(str(x) for k, v in asked.items() for x in (f"--{k}", v))]
+    model = ["--model", "hidden_size=16", "num_hidden_layers=1", "intermediate_size=16"]
+    (tmp_path / "work").mkdir()
+    done = subprocess.run([*command, *model], capture_output=True, text=True, check=False, timeout=170)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = pd.read_csv(tmp_path / "table.csv").set_index(["what", "rival"])
+    for what, rivals in {
+        "R², held out, random": ("BrainLM", "straight lines", "linear rule from visible parcels"),
+        "fingerprint, held-out people": ("connectivity", "CLS", "mean of tokens", "connectivity of tokens"),
+        "group, held-out people, auc": ("BrainLM, probe", "BrainLM, full", "connectivity", "trivial"),
+    }.items():
+        for rival in rivals:
+            assert np.isfinite(table.value[what, rival])
+    parts = pd.read_csv(tmp_path / "work" / "pretrained0" / "recordings.csv", dtype=str).groupby("subject").part
+    assert parts.nunique().max() == 1 and set(parts.first()) == {"train", "held out"}
+    assert len(parts) == len({k.split("_")[0] for k in some})
+    tuned = pd.read_csv(tmp_path / "work" / "full0" / "predictions" / "held-out.csv", dtype=str)
+    assert set(tuned.subject) == set(parts.first().index[parts.first() == "held out"])
