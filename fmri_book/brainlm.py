@@ -157,6 +157,19 @@ def for_data(
 ) -> BrainLMConfig:
     "Settings of a model for this kind of recordings: number, names and places of its parcels, TR, and the scaling."
     layout = where if isinstance(where, Layout) else Layout.of(where)
+    _check_fitted(scaler, layout)
+    facts = dict(
+        space=layout.space,
+        layout=layout.digest,
+        tr=check_tr(float(tr), "BrainLMConfig"),
+        scaler=scaler.to_dict(),
+        coordinates=_places(layout, fields.pop("coordinates", None)),
+        num_brain_voxels=layout.n_sites,
+    )
+    return cls(**facts | fields)
+
+# %% ../nbs/04_brainlm.ipynb #for-data-2
+def _check_fitted(scaler: Scaler, layout: Layout) -> None:
     if scaler.kind not in FITTED:
         raise ValueError(
             f"BrainLMConfig: expected a scaler that was fitted on training subjects ({', '.join(FITTED)}), found {scaler}"
@@ -169,27 +182,18 @@ def for_data(
         raise ValueError(
             f"BrainLMConfig: expected a scaler whose scales are above 0, found {scaler} with others: parcels that never move?"
         )
-    if (coords := fields.get("coordinates")) is None:
-        coords = _places(layout)
-    else:
-        check_coordinates(np.asarray(coords), layout.n_sites, "BrainLMConfig")
-    facts = dict(
-        space=layout.space,
-        layout=layout.digest,
-        tr=check_tr(float(tr), "BrainLMConfig"),
-        scaler=scaler.to_dict(),
-        num_brain_voxels=layout.n_sites,
-    )
-    coords = np.asarray(coords, np.float64).round(3).tolist()
-    return cls(**facts | fields | {"coordinates": coords})
 
 
-def _places(layout: Layout) -> np.ndarray:
-    if layout.sites is None or layout.sites.kind != "parcels":
+def _places(layout: Layout, given: Any = None) -> list[list[float]]:  # (parcels, 3) mm
+    "The atlas's own, in the order that its names say; or those given, whose units are checked."
+    if given is not None:
+        check_coordinates(np.asarray(given), layout.n_sites, "BrainLMConfig")
+    elif layout.sites is None or layout.sites.kind != "parcels":
         raise ValueError(
             f"BrainLMConfig: expected parcels, found {layout.space}; run.to('schaefer400') makes them"
         )
-    return check_parcels(layout.sites).coords
+    coords = check_parcels(layout.sites).coords if given is None else given
+    return np.asarray(coords, np.float64).round(3).tolist()
 
 # %% ../nbs/04_brainlm.ipynb #fe5d7462
 def sinusoid(
@@ -770,6 +774,14 @@ class BrainLMForPretraining(_BrainLMBase):
         self.post_init()
 
 # %% ../nbs/04_brainlm.ipynb #b2d09a38
+def _check_labels(labels: Tensor | None, signal: Tensor) -> None:
+    if labels is not None and labels.shape != signal.shape:
+        raise ValueError(
+            f"brainlm: expected labels, what to predict instead of the signal, of its shape {tuple(signal.shape)}, "
+            f"found {tuple(labels.shape)}"
+        )
+
+
 @patch
 def _drawn(
     self: BrainLMForPretraining, signal: Tensor, generator: Any
@@ -805,11 +817,7 @@ def forward(
         self.config.timepoint_patching_size,
         torch.as_tensor(signal_vectors),
     )
-    if labels is not None and labels.shape != signal_vectors.shape:
-        raise ValueError(
-            f"brainlm: expected labels, what to predict instead of the signal, of its shape {tuple(signal_vectors.shape)}, "
-            f"found {tuple(labels.shape)}"
-        )
+    _check_labels(labels, signal_vectors)
     if mask is None and self.training:
         mask = self._drawn(signal_vectors, generator)
     found = self.model(signal_vectors, xyz_vectors, mask, missing)

@@ -169,6 +169,7 @@ def survey(
     return Survey(bad, zscored, n)
 
 # %% ../nbs/04b_brainlm_training.ipynb #e2f49fd1
+_USED = ("train", "held out", "test")  # parts of the recordings; every other one says why it is not used
 _OF_DATA = {"self", "others", "num_brain_voxels", "space", "layout", "tr", "zscore", "scaler", "coordinates"}
 _OF_TARGETS = {
     "num_targets",
@@ -220,9 +221,6 @@ def _data_section(preset: str) -> dict[str, Any]:
     }
 
 # %% ../nbs/04b_brainlm_training.ipynb #464a3eaf
-_USED = ("train", "held out", "test")  # parts of the recordings; every other one says why it is not used
-
-
 class _OfParcels(Recipe):
     "What both recipes share: recordings of parcels, who trains, who evaluates, the scaling."
 
@@ -289,7 +287,7 @@ def _recordings(self: _OfParcels) -> Any:
 def _space(self: _OfParcels) -> str:
     return self.config.data.space or self._size.space
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #check-options
 @patch
 def _check_options(self: _OfParcels) -> None:
     data = self.config.data
