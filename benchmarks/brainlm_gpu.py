@@ -43,7 +43,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_since(device: str, run: Callable[[], object]) -> float | str:  # MB
+def peak_since(device: str, run: Callable[[], object]) -> float | str:  # MiB
     "What PyTorch allocates at most while it runs, less what it held before."
     if device != "cuda":
         run()
@@ -121,7 +121,7 @@ def take_turns(runs: dict[str, Callable[[], object]], what: str, frames: int, op
         value: float | str = "out of memory" if way in failed else float(np.median(each))
         span = ("", "") if way in failed else (min(each), max(each))
         rows.append(row(f"{what}, seconds", way, frames, options, value, "s", *span))
-        rows.append(row(f"{what}, peak memory", way, frames, options, "out of memory" if way in failed else memory[way], "MB"))
+        rows.append(row(f"{what}, peak memory", way, frames, options, "out of memory" if way in failed else memory[way], "MiB"))
     return rows
 
 
@@ -141,7 +141,7 @@ def attention_rows(frames: int, options: argparse.Namespace) -> list[dict]:
     rule = brainlm._flex_mask(x[0].shape[2], options.parcels, False, str(x[0].device))
     held = {"flex": sum(t.nbytes for t in rule.as_tuple() if isinstance(t, Tensor))}
     held |= {way: mask_bytes(name, options.parcels, frames // PATCH) for way, name in (("blocks", "blocks"), ("dense", "dense, bool"))}
-    return rows + [row("mask", way, frames, options, size / 2**20, "MB") for way, size in held.items()]
+    return rows + [row("mask", way, frames, options, size / 2**20, "MiB") for way, size in held.items()]
 
 
 def step_rows(frames: int, options: argparse.Namespace) -> list[dict]:

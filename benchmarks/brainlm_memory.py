@@ -62,7 +62,7 @@ def measure_peak(way: str, dropout: float, parcels: int, blocks: int, answer: Co
     answer.send(status("VmHWM") - before)
 
 
-def peak(way: str, dropout: float, parcels: int, frames: int) -> float | str:  # MB, or why there is no number
+def peak(way: str, dropout: float, parcels: int, frames: int) -> float | str:  # MiB, or why there is no number
     need = HEADS * (1 + parcels * frames // PATCH) ** 2 * 16 / 2**20 if way == "dense" and dropout else 0
     if need > 0.9 * available():
         return f"not run: needs more than {need:.0f}, free {available():.0f}"
@@ -85,7 +85,7 @@ def rows_of(options: argparse.Namespace) -> list[dict]:
         tokens = 1 + options.parcels * frames // PATCH
         for way, dropout in PEAKS:
             size = peak(way, dropout, options.parcels, frames)
-            rows.append(dict(what="peak of forward and backward", way=way, attention_dropout=str(dropout), frames=frames, tokens=tokens, value=size, unit="MB"))
+            rows.append(dict(what="peak of forward and backward", way=way, attention_dropout=str(dropout), frames=frames, tokens=tokens, value=size, unit="MiB"))
             print(frames, way, dropout, size, flush=True)
     for frames in options.frames:  # later: what is held here counts in no peak
         tokens = 1 + options.parcels * frames // PATCH
@@ -93,7 +93,7 @@ def rows_of(options: argparse.Namespace) -> list[dict]:
             if way == "flex" and frames > options.flex_frames:
                 continue
             size = mask_bytes(way, options.parcels, frames // PATCH) / 2**20
-            rows.append(dict(what="mask", way=way, attention_dropout="", frames=frames, tokens=tokens, value=size, unit="MB"))
+            rows.append(dict(what="mask", way=way, attention_dropout="", frames=frames, tokens=tokens, value=size, unit="MiB"))
     return rows + growth(rows)
 
 
@@ -118,7 +118,7 @@ def missed(rows: list[dict]) -> list[str]:
             bad.append(f"blocks, dropout {dropout}: linear growth, found exponent {told(found, '.2f')}")
         ours, theirs = longest_pair(rows, dropout)
         if not less(ours, theirs):
-            bad.append(f"dropout {dropout}: less memory than dense (MB), found {told(ours)} and {told(theirs)}")
+            bad.append(f"dropout {dropout}: less memory than dense (MiB), found {told(ours)} and {told(theirs)}")
     return bad
 
 

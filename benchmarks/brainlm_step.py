@@ -134,14 +134,14 @@ def take_turns(ways: dict[str, Way], options: argparse.Namespace, clock: Callabl
     return seconds, losses
 
 
-def needed(name: str, precision: str, dropout: float, options: argparse.Namespace) -> float:  # MB
+def needed(name: str, precision: str, dropout: float, options: argparse.Namespace) -> float:  # MiB
     "What a step will hold at least: of ways that keep the scores, layer by layer."
     tokens = 1 + options.parcels * options.frames // 20
     kept = 0 if name == "blocks" else (1 + 2 * bool(dropout)) if name == "original" else 3 * bool(dropout)
     return options.batch * options.layers * 8 * tokens**2 * kept * (4 if precision == "float32" else 2) / 2**20
 
 
-def available() -> float:  # MB
+def available() -> float:  # MiB
     return next(int(line.split()[1]) / 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
 
 
@@ -163,13 +163,13 @@ def memory_rows(setting: tuple[str, float], options: argparse.Namespace) -> list
     rows = []
     for name in names_of(setting[0]):
         if (need := needed(name, *setting, options)) > 0.9 * available():
-            rows.append(row("peak memory of two steps", setting, name, f"not run: needs more than {need:.0f}, free {available():.0f}", "MB"))
+            rows.append(row("peak memory of two steps", setting, name, f"not run: needs more than {need:.0f}, free {available():.0f}", "MiB"))
             continue
         command = [sys.executable, __file__, "--memory", name, setting[0], str(setting[1])]
         for field in ("layers", "parcels", "frames", "batch", "width", "threads"):
             command += [f"--{field}", str(getattr(options, field))]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        rows.append(row("peak memory of two steps", setting, name, float(done.stdout.split()[-1]), "MB"))
+        rows.append(row("peak memory of two steps", setting, name, float(done.stdout.split()[-1]), "MiB"))
     return rows
 
 
@@ -200,7 +200,7 @@ def missed(rows: list[dict]) -> list[str]:
             bad.append(f"dropout {dropout}: blocks 1.4 times as fast as dense, found {told(speed, '.2f')}")
         ours, theirs = (value.get(("peak memory of two steps", "float32", dropout, way)) for way in ("blocks", "dense"))
         if not less(ours, theirs):
-            bad.append(f"dropout {dropout}: less memory than dense (MB), found {told(ours)} and {told(theirs)}")
+            bad.append(f"dropout {dropout}: less memory than dense (MiB), found {told(ours)} and {told(theirs)}")
     return bad
 
 

@@ -208,7 +208,7 @@ def test_step_says_at_once_that_it_cannot_check_memory_without_measuring_it(benc
 
 
 def memory_rows(memory, peaks):
-    "As the benchmark writes them down, from (way, dropout, frames) -> MB."
+    "As the benchmark writes them down, from (way, dropout, frames) -> MiB."
     what = "peak of forward and backward"
     rows = [
         dict(what=what, way=way, attention_dropout=dropout, frames=frames, value=value)
