@@ -178,7 +178,7 @@ def _check_fitted(scaler: Scaler, layout: Layout) -> None:
         raise ValueError(
             f"BrainLMConfig: expected a scaler of {layout.space} ({layout.n_sites} parcels), found {scaler} of another layout"
         )
-    if not all(np.isfinite(s) and s > 0 for s in scaler.to_dict()["scale"]):
+    if not (np.isfinite(scaler.scale) & (scaler.scale > 0)).all():
         raise ValueError(
             f"BrainLMConfig: expected a scaler whose scales are above 0, found {scaler} with others: parcels that never move?"
         )

@@ -456,12 +456,19 @@ def _look(self: _OfParcels) -> dict[str, Any]:
         )
     return {"bad": found.bad, "zscored": found.zscored, "n": found.n, "scaler": self._scaler(found).to_dict()}
 
-
+# %% ../nbs/04b_brainlm_training.ipynb #scaler-of-training
 @patch
 def _scaler(self: _OfParcels, found: Survey) -> Scaler:
     "Median and interquartile range of each parcel over the training people."
     keys = self.source.index["key"]
-    good = [i for i, p in enumerate(self.part) if p == "train" and keys.iloc[i] not in found.bad]
+    known = [i for i, p in enumerate(self.part) if p == "train"]
+    good = [i for i in known if keys.iloc[i] not in found.bad]
+    if known and not good:
+        everywhere = sorted(set.intersection(*(set(found.bad[keys.iloc[i]]) for i in known)))
+        raise ValueError(
+            f"brainlm: expected training recordings with data in every parcel, to fit the scaler, found none among {len(known)}; "
+            f"without data in all of them: {_some(everywhere, self.source.layout.sites.names)}. Leave these out of the atlas"
+        )
     return Scaler.fit(_Rows(self.source, good), "robust", subjects=self.ours)
 
 
@@ -515,7 +522,6 @@ def _tell(self: _OfParcels, facts: Mapping[str, Any]) -> None:
 def _ready(self: _OfParcels, device: torch.device) -> dict[str, Any]:  # facts of the survey
     "Clips, and what unpacks them."
     data, frames = self.config.data, self._frames
-    self._check_options()
     self._open()
     facts = json.loads(self._facts_file().read_text())
     self.bad = {"": facts["bad"]}  # of each further set below: recordings of two sets may have one name
@@ -1146,7 +1152,8 @@ def setup(self: FinetuneRecipe, device: torch.device) -> nn.Module:
         self.model = BrainLMForFinetuning.from_pretrained(_weights_at(asked.pretrained), config=config)
         self._warn_of_known_people()
         if not self.model.loading["new"]:  # it was fine-tuned before, perhaps to something else
-            _renew_head(self.model)
+            head = self.model.mlp_pred_head if config.head == "mlp" else self.model.linear_head
+            head.apply(self.model._init_weights)
     self.model.model.embeddings.mask_token.requires_grad_(
         False
     )  # nothing is hidden: it would wait for a gradient
@@ -1168,12 +1175,6 @@ def _label(self: FinetuneRecipe) -> None:
     self._check_logged()
 
 # %% ../nbs/04b_brainlm_training.ipynb #ft-small-2
-def _renew_head(model: BrainLMForFinetuning) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module not in set(model.model.modules()):
-            model._init_weights(module)
-
-
 @patch
 def _check_logged(self: FinetuneRecipe) -> None:
     "A logarithm that does not exist is better found now than at the first evaluation."
@@ -1191,17 +1192,17 @@ def _warn_of_known_people(self: FinetuneRecipe) -> None:
     "Held-out people whose signals the pretrained model has seen, as far as its run tells."
     import pandas as pd
 
-    at = Path(self.config.model.pretrained or "")
+    at = Path(self.config.model.pretrained)
     told = next((p for p in (at / "recordings.csv", at.parent / "recordings.csv") if p.is_file()), None)
-    if self.config.model.pretrained is None or told is None:
+    if told is None:
         return
     table = pd.read_csv(told, dtype=str)
     seen = set(table["subject"][table["part"] == "train"])
-    held = {s for s, p in zip(self.source.index["subject"], self.part) if p == "held out"}
+    held = {s for s, p in zip(self.source.index["subject"], self.part) if p in ("held out", "test")}
     if both := sorted(seen & held):
         warnings.warn(
-            f"brainlm: {len(both)} of {len(held)} held-out people were trained on in {told.parent} ({', '.join(both[:5])}); "
-            "use one split for both trainings (data.split)",
+            f"brainlm: {len(both)} of {len(held)} held-out people have names of people trained on in {told.parent} "
+            f"({', '.join(both[:5])}); if they are the same, use one split for both trainings (data.split)",
             stacklevel=2,
         )
 

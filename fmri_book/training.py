@@ -1494,7 +1494,7 @@ def evaluate(self: Trainer) -> dict[str, float]:  # loss by set
                 if i == 0 and self.main:
                     self._save_figure(name, output)
             weighted, terms = self.accelerator.reduce(sums, "sum").tolist()
-            losses[name] = weighted / max(terms, 1e-30)
+            losses[name] = weighted / terms if terms else math.nan  # a set without targets has no loss
             if more is not None:
                 more = self.accelerator.reduce(more, "sum").cpu()
                 self.measured[name] = self.recipe.measures(name, more) if self.main else {}

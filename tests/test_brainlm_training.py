@@ -311,6 +311,16 @@ def test_dead_parcels_are_named_or_hidden(tmp_path, pretrain):
     assert not torch.isfinite(recipe.inputs(data.batch([i]), draw)["signal_vectors"]).logical_not().any()
 
 
+def test_a_parcel_that_is_dead_in_everybody_is_named(tmp_path, pretrain):
+    def outside(record):
+        record.values[:, 3] = 7.0
+
+    write_store(recordings(change=outside), tmp_path / "outside", progress=False)
+    data = {"train": str(tmp_path / "outside"), "bad_parcels": "missing"}
+    with pytest.raises(ValueError, match=r"found none among 8; .*: 1 parcels \(3 \(LH_Vis_4\)\). Leave these out"):
+        T.train(pretrain("outside", {"data": data}))
+
+
 def test_recordings_that_cannot_be_used_are_named(tmp_path, pretrain, store):
     slow = recordings()
     slow[3].tr = 3.0
@@ -634,7 +644,7 @@ def test_sets_with_the_same_names_do_not_mix(tmp_path, finetune, store):
     assert by_set["held out"]["mae/age"] == alone.evaluations[0]["mae/age"]
 
 
-@pytest.mark.filterwarnings("ignore:.*names of training people")
+@pytest.mark.filterwarnings("ignore:.*names of training people", "ignore:.*evaluation set 'there' is nan")
 def test_a_further_set_needs_no_targets(tmp_path, finetune):
     def nameless(record):
         record.meta.pop("phenotypes")
@@ -643,6 +653,8 @@ def test_a_further_set_needs_no_targets(tmp_path, finetune):
     done = T.train(finetune("run", {"data": {"evaluate": {"there": str(tmp_path / "there")}}}))
     table = pd.read_csv(done.folder / "predictions" / "there.csv")
     assert len(table) == 12 and table.truth.isna().all() and table.model.notna().all()
+    losses_of = {e["set"]: e["loss"] for e in done.evaluations}
+    assert losses_of["there"] is None and np.isfinite(losses_of["held out"])  # no loss, rather than a perfect one
 
 
 @pytest.mark.filterwarnings("ignore:.*names of training people")
@@ -691,7 +703,7 @@ def test_held_out_people_of_the_pretraining_are_named(tmp_path, finetune, recwar
     assert not [w for w in recwarn if "held-out people" in str(w.message)]
     parts = {"train": ("01", "02", "03", "05"), "validation": ("00", "04")}
     Split(parts, ("subject",), {"train": 1.0}, 0, "x").save(tmp_path / "other.json")
-    with pytest.warns(UserWarning, match=r"1 of 2 held-out people were trained on in .*pretrained \(00\)"):
+    with pytest.warns(UserWarning, match=r"1 of 2 held-out people have names of people trained on in .*pretrained \(00\)"):
         ready(finetune("others", {"data": {"split": str(tmp_path / "other.json")}}))
 
 
